@@ -1,0 +1,337 @@
+"""QuarkConfig: every knob of a run, its unit, default and reason. What a knob does lives in the room that it names.
+
+Source of the presets: Lu et al. 2022 ("paper") and the script that its authors published ("authors").
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import ConfigError
+
+# What each preset sets; a field that the caller names wins over its preset.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's equations: a new random token in front of the prompt, every quantile drawn, KL(reference || policy).
+    "paper": {
+        "reward_token_style": "embedding",
+        "reward_token_init": "random",
+        "reward_token_position": "first",
+        "draw": "all",
+        "pool_window": None,
+        "quantile_scope": "global",
+        "num_quantiles": 5,
+        "explore_strength": 1.0,
+        "explore_token": "best",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "beta": 0.05,
+        "kl_direction": "forward",
+        "entropy_coef": 0.0,
+        "token_dropout": 0.0,
+        "num_generations": 1,
+        "prompts_per_round": None,
+        "prompts_first_round": None,
+        "heldout_share": 0.0,
+        "steps_per_round": 500,
+        "max_completion_length": 20,
+        "per_device_train_batch_size": 128,
+        "learning_rate": 1e-5,
+        "adam_epsilon": 1e-5,
+        "warmup_steps": 500,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "disable_dropout": True,
+    },
+}
+# The authors' script differs from the paper's equations in these.
+PRESETS["authors"] = {
+    **PRESETS["paper"],
+    "kl_direction": "reverse",
+    "entropy_coef": 0.06,
+    "mask_reward_tokens": False,
+    "reward_token_position": "before_bos",
+    "min_completion_length": 3,
+}
+
+_CHOICES = {
+    "reward_token_style": ("text", "embedding"),
+    "reward_token_init": ("random", "words"),
+    "reward_token_position": ("first", "before_bos", "before_completion"),
+    "draw": ("all", "balanced", "ends", "best"),
+    "quantile_scope": ("global", "prompt"),
+    "explore_token": ("best", "random"),
+    "kl_direction": ("forward", "reverse"),
+}
+
+
+@dataclass
+class QuarkConfig(TrainingArguments):
+    """The settings of one run: those of `transformers.TrainingArguments`, and Quark's own.
+
+    Example:
+        ```python
+        from quark_lm import QuarkConfig
+
+        QuarkConfig("runs/polite", num_rounds=6, num_quantiles=5, beta=0.05)
+        QuarkConfig("runs/paper", preset="paper", num_rounds=47)  # the paper's settings, but for what you name
+        ```
+
+    Raises: ConfigError when a value, or two values together, cannot work.
+    """
+
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "'paper' or 'authors': their settings for every field that you do not name. None: ours."},
+    )
+
+    # -- rounds: explore, quantize, learn
+    num_rounds: int = field(default=4, metadata={"help": "Rounds of explore, quantize, learn. One round is one epoch."})
+    steps_per_round: int = field(
+        default=40,
+        metadata={"help": "Optimizer steps between two explorations. The paper's 500 are for millions of samples."},
+    )
+    prompts_per_round: int | None = field(
+        default=768, metadata={"help": "Prompts that a round explores, drawn without repeats. None: all of them."}
+    )
+    prompts_first_round: int | None = field(
+        default=1536,
+        metadata={"help": "The same for round 0, which samples the untrained model: it gives the tokens their meaning."},
+    )
+
+    # -- explore (TRL's names)
+    num_generations: int = field(default=1, metadata={"help": "Completions of one prompt in one round."})
+    max_completion_length: int = field(default=20, metadata={"help": "Most tokens of a completion. The paper's 20."})
+    min_completion_length: int = field(
+        default=0, metadata={"help": "The end-of-text token is barred for this many tokens. The authors' code: 3."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits while exploring; 0 is greedy."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Exploring draws from the smallest set of tokens with this probability."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Exploring draws from the k likeliest tokens; 0: from all."})
+    explore_strength: float = field(
+        default=2.0,
+        metadata={
+            "help": "The dial while exploring: logits = worst + strength x (best - worst). 1 is the paper's plain best"
+            " token; 2 draws samples better than the policy's own, at two forward rows a sample."
+        },
+    )
+    explore_token: str = field(
+        default="best", metadata={"help": "'best', or 'random' (the paper's losing ablation): whose samples to draw."}
+    )
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one generation batch. None: fitted to the memory that is free."}
+    )
+
+    # -- quantize
+    num_quantiles: int = field(default=5, metadata={"help": "K: quantile 0 is the worst, K-1 the best."})
+    quantile_scope: str = field(
+        default="global",
+        metadata={"help": "'global': ranked among the whole pool. 'prompt': among the samples of the same prompt."},
+    )
+    pool_window: int | None = field(
+        default=None, metadata={"help": "Only the last R rounds are ranked and drawn. None: all, as in the paper."}
+    )
+    draw: str = field(
+        default="ends",
+        metadata={
+            "help": "Rows that a step draws: 'all' uniformly (paper), 'balanced' over the quantiles, 'ends' (worst and"
+            " best only: more signal a sample), 'best' only (AlpacaFarm's variant)."
+        },
+    )
+    heldout_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of the prompts whose rows are never drawn; they measure if the tokens mean anything."},
+    )
+    meaning_rows: int = field(
+        default=256, metadata={"help": "At most so many held-out rows are scored a round for that measure (the AUC)."}
+    )
+
+    # -- reward tokens
+    reward_token_style: str = field(
+        default="text",
+        metadata={"help": "'text': a tag that the model already half understands. 'embedding': a new token (paper)."},
+    )
+    reward_token_texts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The K tags, worst first, or the K words from whose rows new tokens start. None: 'Quality: ...'."
+        },
+    )
+    reward_token_init: str = field(
+        default="random",
+        metadata={"help": "New rows: 'random' as N(mean, std) of the old ones (paper), or from 'words'."},
+    )
+    reward_token_position: str = field(
+        default="first",
+        metadata={
+            "help": "'first' (after a beginning-of-text token), 'before_bos' (authors), or 'before_completion'."
+        },
+    )
+    token_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of the draws trained without a reward token: keeps an unconditional branch."},
+    )
+
+    # -- learn
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL to the original model. The paper's 0.05."})
+    kl_direction: str = field(
+        default="forward",
+        metadata={"help": "'forward' KL(reference || policy), as in the paper; 'reverse', as in the authors' code."},
+    )
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "Weight of an entropy bonus. The paper has none; the authors' code 0.06."}
+    )
+    mask_reward_tokens: bool = field(
+        default=True,
+        metadata={"help": "Leave reward tokens out of every softmax. The authors' code only does so in the KL."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "No dropout while learning, as in the authors' code."})
+    loss_chunk_elements: int = field(
+        default=1 << 24,
+        metadata={"help": "Logits that exist at once while learning, rows x words (64 MiB as float32)."},
+    )
+
+    # -- rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function in the sum. None: 1 each."}
+    )
+
+    # -- held-out prompts
+    eval_every: int = field(
+        default=1, metadata={"help": "The held-out prompts are completed and scored every so many rounds; 0: never."}
+    )
+    num_eval_generations: int = field(default=2, metadata={"help": "Completions of each held-out prompt then."})
+
+    # -- model and logs
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained when the model is given by its name."}
+    )
+    log_completions: bool = field(default=False, metadata={"help": "Show a few completions of each round."})
+    num_completions_to_print: int = field(default=4, metadata={"help": "How many of them."})
+
+    # -- TrainingArguments' own, with other defaults
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "None: 6e-4 for an adapter, 1e-5 (the paper's) for the whole model."}
+    )
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Draws in one micro-batch."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "The learning rate's schedule."})
+    warmup_steps: float = field(default=10, metadata={"help": "Steps in which the learning rate rises from 0."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "No clipping, as in the authors' code; Trainer's is 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics."})
+    save_strategy: str = field(default="epoch", metadata={"help": "'epoch' saves a checkpoint each round."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A NaN loss must be seen, not averaged over."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns pass through to the rewards."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "A draw is small; pinning it buys nothing."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, such as 'tensorboard'."})
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        self._check_quark_fields()
+        # One round is one epoch: Trainer's own counters, schedules and checkpoints then count rounds.
+        self.num_train_epochs = self.num_rounds
+        self.learning_rate_is_default = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = 1e-5  # QuarkTrainer raises it for an adapter
+        super().__post_init__()
+
+    def _check_quark_fields(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                options = ", ".join(map(repr, choices))
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {options}. Choose one of them.")
+        at_least = {
+            "num_rounds": 1,
+            "steps_per_round": 1,
+            "num_generations": 1,
+            "max_completion_length": 1,
+            "min_completion_length": 0,
+            "num_quantiles": 2,
+            "meaning_rows": 0,
+            "eval_every": 0,
+            "num_eval_generations": 1,
+            "loss_chunk_elements": 1,
+            "temperature": 0.0,
+            "beta": 0.0,
+            "top_k": 0,
+            "prompts_per_round": 1,
+            "prompts_first_round": 1,
+            "pool_window": 1,
+            "generation_batch_size": 1,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}={value} is below {least}, where it has no meaning. Set it to {least} or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
+        for name in ("token_dropout", "heldout_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not a share. Set it to 0 or more and below 1.")
+        if not abs(self.explore_strength) < float("inf"):
+            raise ConfigError(f"explore_strength={self.explore_strength} is not a number. Set it to 1 for plain Quark.")
+        if self.reward_token_texts is not None and len(self.reward_token_texts) != self.num_quantiles:
+            raise ConfigError(
+                f"reward_token_texts has {len(self.reward_token_texts)} texts, but num_quantiles={self.num_quantiles}:"
+                " each quantile needs one. Give one text a quantile, the worst first."
+            )
+        if self.quantile_scope == "prompt" and self.num_generations < 2:
+            raise ConfigError(
+                f"quantile_scope='prompt' ranks a prompt's own samples, but num_generations={self.num_generations} gives"
+                " nothing to rank. Set num_generations to 2 or more."
+            )
+        if self.reward_token_style == "text" and self.reward_token_position == "before_bos":
+            raise ConfigError(
+                "reward_token_position='before_bos' puts words before the beginning-of-text token, which no model has"
+                " seen. Use 'first'."
+            )
+        if self.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size=True restarts the loop with fewer draws a step, so a round would not be the same"
+                " round. Set per_device_train_batch_size and gradient_accumulation_steps."
+            )
+        if self.ignore_data_skip:
+            raise ConfigError(
+                "ignore_data_skip=True would draw a resumed round's first rows twice. Leave it False: skipping is free."
+            )
+        if self.dataloader_num_workers or self.dataloader_persistent_workers:
+            raise ConfigError(
+                "Workers of a data loader would keep the pool of the round in which they were started. Set"
+                " dataloader_num_workers=0 and dataloader_persistent_workers=False: a draw costs microseconds."
+            )
+        if self.max_steps > 0:
+            raise ConfigError(
+                f"max_steps={self.max_steps} would cut a round. Set num_rounds and steps_per_round; their product is it."
+            )
+
+
+def _with_preset(init: Any) -> Any:
+    """The dataclass's __init__, in which a preset fills the fields that the caller did not name."""
+
+    @functools.wraps(init)
+    def __init__(self: QuarkConfig, *args: Any, **kwargs: Any) -> None:
+        preset = kwargs.get("preset")
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ConfigError(f"preset={preset!r} is unknown. Use {' or '.join(map(repr, PRESETS))}, or leave it out.")
+            kwargs = {**PRESETS[preset], **kwargs}
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+QuarkConfig.__init__ = _with_preset(QuarkConfig.__init__)  # type: ignore[method-assign]
+
+
+def quark_fields() -> list[str]:
+    """The names of the fields that Quark adds to, or gives another default than, `TrainingArguments`."""
+    theirs = {f.name: f.default for f in fields(TrainingArguments)}
+    return [f.name for f in fields(QuarkConfig) if f.name not in theirs or f.default != theirs[f.name]]

@@ -1,0 +1,74 @@
+"""Completers: token ids in, token ids out. `hf.py` runs the model in this process.
+
+A sample's draws depend on its own seed only: not on its batch, the batch size, the rank, or the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How completions are drawn; the fields are those of `QuarkConfig`.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p, top_k: draw from the smallest set of tokens with probability top_p, from the k likeliest (0: all).
+        barred: ids that are never drawn (the reward tokens).
+    """
+
+    max_completion_length: int = 20
+    min_completion_length: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    barred: tuple[int, ...] = ()
+
+
+class Completer(Protocol):
+    """Completes prompts; see `hf.HFCompleter.complete` for the arguments."""
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: GenerationSettings,
+        *,
+        contrast: Sequence[Sequence[int]] | None = None,
+        strength: float | Sequence[float] = 1.0,
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Yields (indices into `prompts`, their completions' token ids) batch by batch, each index once."""
+        ...
+
+
+def complete_all(batches: Iterator[tuple[list[int], list[list[int]]]], num: int) -> list[list[int]]:
+    """The completions of all batches in the order of their prompts."""
+    out: list[list[int]] = [[] for _ in range(num)]
+    for indices, completions in batches:
+        for i, completion in zip(indices, completions, strict=True):
+            out[i] = completion
+    return out
+
+
+def sample_seeds(*key: int, num: int) -> list[int]:
+    """`num` 63-bit seeds that are a pure function of the key, such as (seed, round)."""
+    return np.random.default_rng(list(key)).integers(0, 2**63, size=num, dtype=np.int64).tolist()
+
+
+def uniforms(seed: int, num: int) -> np.ndarray:
+    """float32 (num,) in [0, 1): the draws of the sample with this seed, one a token."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(num, dtype=np.float32)
+
+
+def check_strength(strength: float | Sequence[float]) -> None:
+    """Raises: ConfigError unless every strength of the dial is a finite number."""
+    values = np.atleast_1d(np.asarray(strength, dtype=np.float64))
+    if not np.isfinite(values).all():
+        raise ConfigError("The strength of the dial is not a finite number. Use 0 (worst token) to about 3; 1 is plain Quark.")

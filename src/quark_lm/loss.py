@@ -1,0 +1,201 @@
+"""The loss of the learning step on packed completion rows, in chunks: no logits larger than a chunk ever exist.
+
+Axes: N completion tokens of the batch (packed, no padding, no prompt), H hidden, V words. Source: Lu et al. 2022, eq. 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+HeadFn = Callable[[torch.Tensor], torch.Tensor]
+
+# Stands for "never" in a softmax; finite, so that 0 x it is 0 and not NaN.
+_NEVER = -1e9
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the learning step minimises; the fields are those of `QuarkConfig`.
+
+    Attributes:
+        barred: ids of the reward tokens in the vocabulary. They are outside the KL always, and outside the NLL and the entropy
+            when `mask_reward_tokens` (the authors' code leaves them in there).
+    """
+
+    beta: float = 0.05
+    kl_direction: str = "forward"
+    entropy_coef: float = 0.0
+    mask_reward_tokens: bool = True
+    barred: tuple[int, ...] = ()
+    chunk_elements: int = 1 << 24
+
+
+def nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of the target at each token, in nats. log_probs: float (N, V); targets: int (N,). Returns (N,)."""
+    return -log_probs.gather(1, targets[:, None]).squeeze(1)
+
+
+def forward_kl(policy_log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(reference || policy) at each token, in nats.
+
+    Args: both float (N, V), normalised over the original vocabulary.
+    Returns: (N,), never negative up to rounding.
+    Source: paper, eq. 2. The authors' code has the other direction: `reverse_kl`.
+    """
+    return (reference_log_probs.exp() * (reference_log_probs - policy_log_probs)).sum(1)
+
+
+def reverse_kl(policy_log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(policy || reference) at each token, in nats. Shapes as in `forward_kl`. Source: the authors' code."""
+    return (policy_log_probs.exp() * (policy_log_probs - reference_log_probs)).sum(1)
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy at each token, in nats. log_probs: float (N, V). Returns (N,)."""
+    return -(log_probs.exp() * log_probs).sum(1)
+
+
+def without(logits: torch.Tensor, barred: Sequence[int]) -> torch.Tensor:
+    """float32 logits (N, V) in which the barred words cannot happen."""
+    logits = logits.float()
+    if not barred:
+        return logits
+    return logits.index_fill(1, torch.tensor(barred, device=logits.device), _NEVER)
+
+
+def token_terms(
+    policy_logits: torch.Tensor,
+    reference_logits: torch.Tensor | None,
+    targets: torch.Tensor,
+    settings: LossSettings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(NLL, KL, entropy) at each completion token, in nats; each float32 (N,).
+
+    Args:
+        policy_logits, reference_logits: (N, V); no reference: the KL is 0.
+        targets: int (N,), the tokens that were sampled.
+    """
+    original = torch.log_softmax(without(policy_logits, settings.barred), 1)
+    # paper and here: one softmax, without the reward tokens. authors' code: NLL and entropy with them.
+    whole = original if settings.mask_reward_tokens else torch.log_softmax(policy_logits.float(), 1)
+    token_nll = nll(whole, targets)
+    token_entropy = entropy(whole) if settings.entropy_coef else torch.zeros_like(token_nll)
+    if reference_logits is None:
+        return token_nll, torch.zeros_like(token_nll), token_entropy
+    reference = torch.log_softmax(without(reference_logits, settings.barred), 1)
+    kl = {"forward": forward_kl, "reverse": reverse_kl}[settings.kl_direction]
+    return token_nll, kl(original, reference), token_entropy
+
+
+@dataclass
+class LossSums:
+    """The batch's loss (with its gradient) and the sums over its N tokens that make it, detached, in nats."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    num_tokens: int
+
+
+def quark_loss(
+    hidden: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
+    targets: torch.Tensor,
+    head: HeadFn,
+    reference_head: HeadFn,
+    head_parameters: Sequence[nn.Parameter],
+    settings: LossSettings,
+    denominator: torch.Tensor | float,
+) -> LossSums:
+    """sum over tokens of (NLL + beta x KL - entropy_coef x entropy) / denominator.
+
+    The gradient is made in the same pass, chunk by chunk: backward only hands it on, and nothing is computed twice.
+
+    Args:
+        hidden: (N, H), the policy's states that predict the targets; reference_hidden: the original model's, or None for no KL.
+        head, reference_head: states (n, H) to logits (n, V).
+        head_parameters: the parameters inside `head` that learn.
+        denominator: completion tokens of the whole optimizer step, over all micro-batches and ranks: one mean over them all.
+    """
+    sums = torch.zeros(3, device=hidden.device)
+    loss = _ChunkedLoss.apply(
+        hidden, reference_hidden, targets, head, reference_head, settings, denominator, sums, *head_parameters
+    )
+    return LossSums(loss, sums[0], sums[1], sums[2], len(targets))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        reference_hidden: torch.Tensor | None,
+        targets: torch.Tensor,
+        head: HeadFn,
+        reference_head: HeadFn,
+        settings: LossSettings,
+        denominator: torch.Tensor | float,
+        sums: torch.Tensor,
+        *parameters: nn.Parameter,
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        hidden_grad = torch.zeros_like(hidden) if hidden.requires_grad else None
+        # float32: adding many chunks' gradients in bfloat16 would lose the small ones
+        parameter_grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        words = None
+        start = 0
+        while start < len(targets):
+            if words is None:
+                words = head(hidden[:1]).shape[1]
+            rows = slice(start, start + max(1, settings.chunk_elements // words))
+            start = rows.stop
+            reference_logits = None if reference_hidden is None else reference_head(reference_hidden[rows])
+            with torch.enable_grad():
+                chunk = hidden[rows].detach().requires_grad_()
+                terms = token_terms(head(chunk), reference_logits, targets[rows], settings)
+                token_nll, token_kl, token_entropy = terms
+                loss = token_nll.sum()
+                if reference_logits is not None and settings.beta:
+                    loss = loss + settings.beta * token_kl.sum()
+                if settings.entropy_coef:
+                    loss = loss - settings.entropy_coef * token_entropy.sum()
+                loss = loss / denominator
+            if hidden_grad is not None or parameters:
+                chunk_grad, *rest = torch.autograd.grad(loss, [chunk, *parameters])
+                if hidden_grad is not None:
+                    hidden_grad[rows] = chunk_grad
+                for grad, new in zip(parameter_grads, rest, strict=True):
+                    grad += new
+            total += loss.detach()
+            sums += torch.stack([term.detach().sum() for term in terms])
+        ctx.hidden_grad = hidden_grad
+        ctx.parameter_grads = [g.to(p.dtype) for g, p in zip(parameter_grads, parameters, strict=True)]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden_grad = None if ctx.hidden_grad is None else ctx.hidden_grad.mul_(grad)
+        parameter_grads = [g.mul_(grad) for g in ctx.parameter_grads]
+        ctx.hidden_grad = ctx.parameter_grads = None
+        return (hidden_grad, *[None] * 7, *parameter_grads)
+
+
+def token_log_probs(
+    hidden: torch.Tensor, targets: torch.Tensor, head: HeadFn, barred: Sequence[int] = (), chunk_elements: int = 1 << 24
+) -> torch.Tensor:
+    """log p of each target, float32 (N,), without gradients and without logits larger than a chunk."""
+    out = torch.empty(len(targets), device=hidden.device)
+    with torch.no_grad():
+        words = head(hidden[:1]).shape[1] if len(targets) else 1
+        step = max(1, chunk_elements // words)
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            logits = without(head(hidden[rows]), barred)
+            out[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
+    return out

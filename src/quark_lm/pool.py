@@ -1,0 +1,297 @@
+"""The pool: every sample of every round on disk, append-only Parquet, one file a round, and a small manifest. No torch here.
+
+A round's file is written whole beside its place and renamed into it, so that it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import DataError, PoolError
+
+# Columns that every round has; a round may have more: `reward/<function>` and what a reward function logged as `extra/<name>`.
+SCHEMA = pa.schema(
+    [
+        pa.field("round", pa.int32()),
+        pa.field("prompt_index", pa.int64()),  # which training prompt; -1 in a user's own data
+        pa.field("prompt_ids", pa.list_(pa.int32())),
+        pa.field("completion_ids", pa.list_(pa.int32())),  # as sampled, with the end-of-text token when it came
+        pa.field("token_at", pa.int32()),  # where in prompt_ids a reward token goes
+        pa.field("prompt", pa.string()),
+        pa.field("completion", pa.string()),
+        pa.field("reward", pa.float64()),  # null: the reward functions gave none, and the row is never drawn
+        pa.field("explored_with", pa.int16()),  # quantile of the reward token that it was sampled with; null: none
+        pa.field("strength", pa.float32()),  # of the dial
+        pa.field("held_out", pa.bool_()),  # never drawn: measures whether the tokens mean anything
+        pa.field("reference_nll", pa.float64()),  # nats a token under the original model; measured for some rows only
+    ]
+)
+_MANIFEST = "manifest.json"
+
+
+class Pool:
+    """All samples of a run.
+
+    Example:
+        ```python
+        pool = Pool.open("runs/demo/pool")
+        table = pool.to_table()  # pyarrow; also: pandas.read_parquet("runs/demo/pool/round-00000.parquet")
+        ```
+    """
+
+    def __init__(self, folder: Path, manifest: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self._manifest = manifest
+        self._columns: list[dict[str, np.ndarray]] = [self._read_small(m) for m in manifest]
+
+    @classmethod
+    def open(cls, folder: str | Path, *, create: bool = False) -> Pool:
+        """The pool in a folder: `<run>/pool`, or the run's own folder.
+
+        Raises: PoolError if there is none (unless `create`), or a file is missing, damaged or not of this pool.
+        """
+        folder = Path(folder)
+        if not (folder / _MANIFEST).exists() and (folder / "pool" / _MANIFEST).exists():
+            folder = folder / "pool"
+        path = folder / _MANIFEST
+        if not path.exists():
+            if not create:
+                raise PoolError(f"{folder} holds no pool ({_MANIFEST} is missing). Give the folder of a run, or its pool folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder, [])
+        try:
+            rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+            manifest = [
+                {"round": int(m["round"]), "file": str(m["file"]), "rows": int(m["rows"]), "sha256": str(m["sha256"])}
+                for m in rounds
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PoolError(f"{path} is damaged ({error!r}). Restore it from a copy, or start the run anew.") from error
+        for number, entry in enumerate(manifest):
+            if entry["round"] != number or entry["file"] != _file_name(number):
+                raise PoolError(f"{path} does not list the rounds 0, 1, 2 ... in order. Restore it from a copy.")
+        return cls(folder, manifest)
+
+    # -- rounds
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self._manifest)
+
+    def __len__(self) -> int:
+        return sum(m["rows"] for m in self._manifest)
+
+    def has_round(self, round: int) -> bool:
+        return round < self.num_rounds
+
+    def hashes(self) -> list[str]:
+        """The SHA-256 of each round's file: what a checkpoint names to say which rounds it saw."""
+        return [m["sha256"] for m in self._manifest]
+
+    def append(self, round: int, columns: dict[str, Sequence[Any]]) -> None:
+        """Adds the next round. `columns` holds those of `SCHEMA` (one that is missing is null) and any more; all of one length.
+
+        Raises: PoolError when it is not the next round, or the disk refuses it: then nothing of it stays.
+        """
+        if round != self.num_rounds:
+            raise PoolError(f"Round {round} cannot follow the {self.num_rounds} rounds that the pool in {self.folder} has.")
+        rows = len(columns["reward"])
+        arrays = {"round": pa.array([round] * rows, pa.int32())}
+        for f in SCHEMA:
+            if f.name != "round":
+                arrays[f.name] = pa.array(columns.get(f.name, [None] * rows), f.type)
+        for name, values in columns.items():
+            if name not in arrays:
+                arrays[name] = pa.array(values, pa.float64() if name.startswith("reward/") else pa.string())
+        table = pa.table(arrays)
+        path = self.folder / _file_name(round)
+        try:
+            with written_whole(path) as temporary:
+                pq.write_table(table, temporary, compression="zstd", row_group_size=16_384)
+                digest = _sha256(temporary)
+            entry = {"round": round, "file": path.name, "rows": rows, "sha256": digest}
+            with written_whole(self.folder / _MANIFEST) as temporary:
+                temporary.write_text(json.dumps({"rounds": [*self._manifest, entry]}, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PoolError(
+                f"Round {round} could not be written to {self.folder} ({error.strerror or error}). Make room or mend the folder's"
+                " rights and give the same command again: nothing half-written stays."
+            ) from error
+        self._manifest.append(entry)
+        self._columns.append(self._small(table))
+
+    def truncate(self, num_rounds: int) -> None:
+        """Forgets the rounds from `num_rounds` on: those that a checkpoint, to which a run goes back, had not seen."""
+        dropped, self._manifest = self._manifest[num_rounds:], self._manifest[:num_rounds]
+        self._columns = self._columns[:num_rounds]
+        with written_whole(self.folder / _MANIFEST) as temporary:
+            temporary.write_text(json.dumps({"rounds": self._manifest}, indent=1) + "\n", encoding="utf-8")
+        for entry in dropped:
+            (self.folder / entry["file"]).unlink(missing_ok=True)
+
+    # -- one number a row, in memory: what ranking and drawing need
+
+    def _column(self, name: str, dtype: Any) -> np.ndarray:
+        parts = [columns[name] for columns in self._columns]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float64 (rows,); NaN where the reward functions gave none."""
+        return self._column("reward", np.float64)
+
+    @property
+    def rounds(self) -> np.ndarray:
+        """int32 (rows,)."""
+        return np.repeat(np.arange(self.num_rounds, dtype=np.int32), [m["rows"] for m in self._manifest])
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """bool (rows,)."""
+        return self._column("held_out", bool)
+
+    @property
+    def prompt_indices(self) -> np.ndarray:
+        """int64 (rows,): equal for samples of one prompt."""
+        return self._column("prompt_index", np.int64)
+
+    # -- rows
+
+    def gather(self, rows: np.ndarray, columns: Sequence[str]) -> dict[str, list[Any]]:
+        """The columns of these rows, in their order (a row may repeat), in one pass over the files that hold them."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise PoolError(f"Row {rows.max()} is outside the pool's {len(self)} rows.")
+        order = np.argsort(rows, kind="stable")
+        out: dict[str, list[Any]] = {name: [None] * len(rows) for name in columns}
+        start = 0
+        for entry in self._manifest:
+            end = start + entry["rows"]
+            here = order[np.searchsorted(rows[order], start) : np.searchsorted(rows[order], end)]
+            for group, group_start in self._row_groups(entry, list(columns)) if len(here) else ():
+                local = rows[here] - start - group_start
+                inside = here[(local >= 0) & (local < group.num_rows)]
+                taken = group.take(pa.array(rows[inside] - start - group_start))
+                for name in columns:
+                    for i, value in zip(inside, taken.column(name).to_pylist(), strict=True):
+                        out[name][i] = value
+            start = end
+        return out
+
+    def to_table(self, rounds: Sequence[int] | None = None) -> pa.Table:
+        """The samples as a pyarrow table: at least the columns of `SCHEMA`. rounds: only these; None: all."""
+        wanted = range(self.num_rounds) if rounds is None else rounds
+        for round in wanted:
+            if not 0 <= round < self.num_rounds:
+                raise PoolError(f"The pool in {self.folder} has no round {round}, only 0 to {self.num_rounds - 1}.")
+        tables = [self._read(self._manifest[r], None) for r in wanted]
+        return pa.concat_tables(tables, promote_options="default") if tables else SCHEMA.empty_table()
+
+    def verify(self) -> None:
+        """Compares every file with its hash. Raises: PoolError that names the first damaged one."""
+        for entry in self._manifest:
+            path = self.folder / entry["file"]
+            if not path.is_file() or _sha256(path) != entry["sha256"]:
+                raise PoolError(
+                    f"{path} is not the file that the run wrote (its hash differs). Restore it from a copy, or start the run anew."
+                )
+
+    def _row_groups(self, entry: dict[str, Any], columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
+        with self._reading(entry):
+            file = pq.ParquetFile(self.folder / entry["file"])
+            start = 0
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number, columns=columns)
+                yield group, start
+                start += group.num_rows
+
+    def _read(self, entry: dict[str, Any], columns: list[str] | None) -> pa.Table:
+        with self._reading(entry):
+            table = pq.ParquetFile(self.folder / entry["file"]).read(columns=columns)
+            if table.num_rows != entry["rows"]:
+                raise pa.ArrowInvalid(f"{table.num_rows} rows in place of {entry['rows']}")
+            return table
+
+    def _read_small(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
+        return self._small(self._read(entry, ["reward", "held_out", "prompt_index"]))
+
+    @staticmethod
+    def _small(table: pa.Table) -> dict[str, np.ndarray]:
+        return {
+            "reward": table.column("reward").to_numpy(),
+            "held_out": table.column("held_out").to_numpy(),
+            "prompt_index": table.column("prompt_index").to_numpy(),
+        }
+
+    @contextmanager
+    def _reading(self, entry: dict[str, Any]) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise PoolError(
+                f"{self.folder / entry['file']} (round {entry['round']}) cannot be read ({str(error).splitlines()[0]})."
+                " Restore it from a copy, or start the run anew."
+            ) from error
+
+
+def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
+    """A user's own scored data for round 0: columns `prompt`, `completion` and `reward` of a file, data set or table.
+
+    Raises: DataError when a column is missing, a reward is no number, or there are no rows.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise DataError(f"There is no file {path} for initial_pool. Give a Parquet or JSONL file of scored completions.")
+        try:
+            if path.suffix == ".parquet":
+                table = pq.read_table(path)
+            else:
+                table = pa.Table.from_pylist([json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()])
+        except (ValueError, pa.ArrowException) as error:
+            raise DataError(f"{path} could not be read as scored completions ({str(error).splitlines()[0]}).") from error
+    else:
+        table = source if isinstance(source, pa.Table) else pa.Table.from_pydict(source.to_dict())
+    missing = {"prompt", "completion", "reward"} - set(table.column_names)
+    if missing:
+        raise DataError(f"initial_pool has no column {', '.join(sorted(missing))}. It needs prompt, completion and reward.")
+    if not table.num_rows:
+        raise DataError("initial_pool has no rows, so round 0 would be empty. Leave it out to sample round 0.")
+    data = {name: table.column(name).to_pylist() for name in ("prompt", "completion", "reward")}
+    for number, reward in enumerate(data["reward"]):
+        if reward is not None and (not isinstance(reward, (int, float)) or not np.isfinite(reward)):
+            raise DataError(f"initial_pool: the reward of row {number} is {reward!r}, which cannot be ranked. Give a finite number.")
+    return data
+
+
+def _file_name(round: int) -> str:
+    return f"round-{round:05d}.parquet"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when all is on the disk, and leaves nothing when that fails."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

