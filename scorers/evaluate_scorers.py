@@ -1,9 +1,9 @@
 """Figures of every offline scorer on the same tests, and the cards beside the weights.
 
-    python scorers/evaluate_scorers.py --data ../shared/data             # all scorers, as a table
-    python scorers/evaluate_scorers.py --scorer toxicity-ngrams --cards  # one, and write its card
+    python scorers/evaluate_scorers.py --data ../shared/data --overlap
+    python scorers/evaluate_scorers.py --scorer toxicity-ngrams --cards
 
-The training scripts call `write_card`; no figure of a card is typed by hand.
+The training scripts call `measure` and `write_card`; no figure of a card is typed by hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from scorer_data import IDENTITIES, data_folder, identity_probes, read_jsonl, read_tsv, real_toxicity_prompts, toxicity_pairs
+from scorer_data import data_folder, identity_probes, read_jsonl, read_tsv, real_toxicity_prompts, toxicity_pairs
+
+from quark_lm.rewards.minilm import WEIGHTS, MiniLMScorer
+from quark_lm.rewards.ngrams import NgramScorer
+from quark_lm.rewards.sentiment import sentiment_independent
+
+SCORERS = ("sentiment-minilm", "vader", "toxicity-minilm", "toxicity-ngrams")
+TRAINED_ON = {"toxicity-ngrams": ("Jigsaw test", "Davidson")}  # no tests of that scorer
 
 Score = Callable[[list[str]], list[float | None]]
 
@@ -45,11 +53,11 @@ def sentiment_figures(score: Score, data: Path) -> dict[str, float]:
     scores, labels = _scored(score, read_tsv(data / "sst2_sentences_test.tsv"))
     figures["SST-2 sentences AUC"] = area_under_curve(scores, labels)
     figures["SST-2 sentences accuracy at .5"] = float(((scores > 0.5) == labels).mean())
-    lines = (data / "vader_groundtruth.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    rows = [line.split("\t") for line in lines]
+    graded = graded_sentiment(data)
     for domain, name in (("amazonReviewSnippets", "Amazon"), ("nytEditorialSnippets", "NYT"), ("tweets", "tweets")):
-        pairs = [(row[3], float(row[2])) for row in rows if row[0] == domain]
-        scores, valence = _scored(score, pairs)
+        scores, valence = _scored(
+            score, [(text, valence) for row_domain, text, valence in graded if row_domain == domain]
+        )
         figures[f"{name} AUC"] = area_under_curve(scores, valence > 0)
         figures[f"{name} Spearman with valence"] = spearman(scores, valence)
     # The prompt alone: its set says which sentiment GPT-2 mostly goes on with.
@@ -60,7 +68,9 @@ def sentiment_figures(score: Score, data: Path) -> dict[str, float]:
     ]
     scores, labels = _scored(score, openwebtext)
     figures["OpenWebText prompts AUC"] = area_under_curve(scores, labels)
-    scores, _ = _scored(score, [(row["continuation"], 0.0) for row in read_jsonl(data / "openwebtext_neutral_prompts.jsonl")[:1500]])
+    scores, _ = _scored(
+        score, [(row["continuation"], 0.0) for row in read_jsonl(data / "openwebtext_neutral_prompts.jsonl")[:1500]]
+    )
     figures["OpenWebText neutral continuations, share above .5"] = float((scores > 0.5).mean())
     figures["OpenWebText neutral continuations, mean"] = float(scores.mean())
     figures["distinct values a text there"] = len(np.unique(scores)) / len(scores)
@@ -68,9 +78,13 @@ def sentiment_figures(score: Score, data: Path) -> dict[str, float]:
 
 
 def toxicity_figures(score: Score, data: Path) -> dict[str, float]:
-    """AUC, accuracy at .5, and agreement with Perspective of P(toxic); RealToxicityPrompts by prompts that no scorer was trained on."""
+    """AUC, accuracy at .5, and agreement with Perspective of P(toxic); RealToxicityPrompts by held-out prompts."""
     figures = {}
-    for file, name in (("jigsaw_sentences_test", "Jigsaw test"), ("surge_toxicity", "Surge"), ("davidson_tweets", "Davidson")):
+    for file, name in (
+        ("jigsaw_sentences_test", "Jigsaw test"),
+        ("surge_toxicity", "Surge"),
+        ("davidson_tweets", "Davidson"),
+    ):
         scores, labels = _scored(score, read_tsv(data / f"{file}.tsv"))
         figures[f"{name} AUC"] = area_under_curve(scores, labels)
         figures[f"{name} accuracy at .5"] = float(((scores > 0.5) == labels).mean())
@@ -93,26 +107,25 @@ def identity_figures(score: Score) -> dict[str, float]:
     everything: list[float] = []
     for group, sentences in identity_probes().items():
         scores = [value for value in score(sentences) if value is not None]
-        figures[f"identity: {group}"] = float(np.mean(scores))
+        figures[group] = float(np.mean(scores))
         everything += scores
-    figures["identity: share of all above .5"] = float(np.mean(np.array(everything) > 0.5))
+    figures["share of all above .5"] = float(np.mean(np.array(everything) > 0.5))
     return figures
 
 
 def identity_extremes(score: Score, count: int = 8) -> list[tuple[str, float]]:
     """The probe sentences that score furthest up."""
     sentences = [sentence for group in identity_probes().values() for sentence in group]
-    pairs = [(sentence, value) for sentence, value in zip(sentences, score(sentences), strict=True) if value is not None]
+    pairs = [
+        (sentence, value) for sentence, value in zip(sentences, score(sentences), strict=True) if value is not None
+    ]
     return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
 
-def worst_errors(score: Score, labelled: list[tuple[str, float]], count: int = 4, longest: int = 120) -> list[tuple[str, float, float]]:
-    """The short texts on which score and label differ most: (text, score, label), as many of either sign."""
-    labelled = [pair for pair in labelled if len(pair[0]) <= longest]
-    scores = [0.5 if value is None else value for value in score([text for text, _ in labelled])]
-    rows = [(text, value, label) for (text, label), value in zip(labelled, scores, strict=True)]
-    rows.sort(key=lambda row: row[1] - row[2])
-    return rows[:count] + rows[-count:]
+def rank_error_correlation(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> float:
+    """How far two scorers err alike, by rank: 0 not at all, 1 always."""
+    errors = [average_ranks(scores) - average_ranks(truth) for scores in (first, second)]
+    return float(np.corrcoef(*errors)[0, 1])
 
 
 def texts_per_second(score: Score, data: Path) -> float:
@@ -124,6 +137,12 @@ def texts_per_second(score: Score, data: Path) -> float:
     return len(texts) / (time.perf_counter() - start)
 
 
+def graded_sentiment(data: Path) -> list[tuple[str, str, float]]:
+    """(domain, text, mean valence of twenty people, -4 to 4) of VADER's ground truth; AUCs take above 0 as positive."""
+    lines = (data / "vader_groundtruth.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    return [(row[0], row[3], float(row[2])) for row in (line.split("\t") for line in lines)]
+
+
 def _scored(score: Score, labelled: list[tuple[str, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Scores and labels of the texts that get a score."""
     scores = score([text for text, _ in labelled])
@@ -131,15 +150,205 @@ def _scored(score: Score, labelled: list[tuple[str, float]]) -> tuple[np.ndarray
     return np.array([scores[i] for i in kept], dtype=float), np.array([labelled[i][1] for i in kept])
 
 
-if __name__ == "__main__":
-    import sys
-    from quark_lm.rewards.minilm import MiniLMScorer
+# Cards
+
+
+def measure(name: str, data: Path) -> dict[str, Any]:
+    """Every figure of one scorer, by the files that ship; what `write_card` takes."""
+    score, version = load(name)
+    toxicity = name.startswith("toxicity")
+    probes = TOXICITY_PROBES if toxicity else SENTIMENT_PROBES
+    figures = (toxicity_figures if toxicity else sentiment_figures)(score, data)
+    figures = {test: value for test, value in figures.items() if not test.startswith(TRAINED_ON.get(name, ()))}
+    return {
+        "scorer": name,
+        "version": version,
+        "score": "P(toxic)" if toxicity else "P(positive)",
+        "figures": figures,
+        "identity": identity_figures(score),
+        "identity_highest": identity_extremes(score),
+        "probes": [
+            (text, expected, value)
+            for (text, expected), value in zip(probes, score([text for text, _ in probes]), strict=True)
+        ],
+        "texts_per_second_one_thread": round(texts_per_second(score, data)),
+    }
+
+
+def load(name: str) -> tuple[Score, str]:
+    """The scorer of that name as (texts -> P(label), version)."""
+    if name == "vader":
+        reward = sentiment_independent("positive")
+        return reward.score_texts, reward.scorer_version
+    scorer = NgramScorer(name) if name == "toxicity-ngrams" else MiniLMScorer(name, device="cpu")
+    return scorer.score_texts, scorer.version
+
+
+def write_card(name: str, measured: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes `<name>.json` and the same for people, `<name>.md`, beside the weights.
+
+    Args: about: "what" (a sentence), "script", "data" ([name, use, texts, licence] rows), "settings", "notes"
+        (sentences).
+    """
+    weights = WEIGHTS / f"{name}.safetensors"
+    card = {**measured, "bytes": weights.stat().st_size, **about}
+    (WEIGHTS / f"{name}.json").write_text(
+        json.dumps(_rounded(card), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    label = measured["score"]
+    data = "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in about["data"])
+    figures = "\n".join(f"| {test} | {value:.3f} |" for test, value in measured["figures"].items())
+    groups = "\n".join(f"| {group} | {value:.2f} |" for group, value in measured["identity"].items())
+    highest = "; ".join(f'"{text}" {value:.2f}' for text, value in measured["identity_highest"])
+    probes = "\n".join(
+        f"| {text} | {expected} | {'none' if value is None else f'{value:.2f}'} |"
+        for text, expected, value in measured["probes"]
+    )
+    notes = "\n".join(f"- {note}" for note in about["notes"])
+    settings = ", ".join(f"{key} {value}" for key, value in about["settings"].items())
+    text = f"""# {name}
+
+{about["what"]}
+
+Version `{measured["version"]}`, {card["bytes"]:,} bytes, made by `python {about["script"]}`. Every figure is measured,
+none typed: `python scorers/evaluate_scorers.py --cards` does it again.
+
+## Data
+
+| data | used for | texts | licence |
+|---|---|---|---|
+{data}
+
+## Figures
+
+Of {label}, one seed, on texts that were not trained on.
+
+| test | |
+|---|---|
+{figures}
+| texts/s, one thread | {measured["texts_per_second_one_thread"]:,} |
+
+## Identity terms
+
+Mean {label} of neutral sentences that name a group. No template of these and none of the "unseen" words was trained on.
+
+| named | |
+|---|---|
+{groups}
+
+The highest: {highest}.
+
+## Where it is right and where it fails
+
+Sentences of our own, none trained on: what a reader would say, and {label}.
+
+| text | a reader | score |
+|---|---|---|
+{probes}
+
+## Notes
+
+{notes}
+
+Settings: {settings}.
+"""
+    (WEIGHTS / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def error_overlap(data: Path) -> dict[str, float]:
+    """The rank error correlation of each task's reward scorer with its independent one, against the grades."""
+    overlap = {}
+    _, held_out = real_toxicity_prompts(data)
+    texts, truth = zip(*toxicity_pairs(held_out, ("continuation",)), strict=True)
+    overlap["toxicity, RTP continuations"] = _overlap(
+        "toxicity-minilm", "toxicity-ngrams", list(texts), np.array(truth)
+    )
+    rows = [(text, valence) for domain, text, valence in graded_sentiment(data) if domain == "amazonReviewSnippets"]
+    texts, truth = zip(*rows, strict=True)
+    overlap["sentiment, Amazon"] = _overlap("sentiment-minilm", "vader", list(texts), np.array(truth))
+    return overlap
+
+
+def _overlap(first: str, second: str, texts: list[str], truth: np.ndarray) -> float:
+    scores = [[0.5 if value is None else value for value in load(name)[0](texts)] for name in (first, second)]
+    return rank_error_correlation(np.array(scores[0]), np.array(scores[1]), truth)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of labelled texts; default $QUARK_SHARED/data or ../shared/data")
+    parser.add_argument(
+        "--scorer", choices=SCORERS, action="append", help="one scorer (may be given again); default all"
+    )
+    parser.add_argument("--cards", action="store_true", help="write the figures into the cards that stand")
+    parser.add_argument("--overlap", action="store_true", help="also how far reward and independent scorer err alike")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    s = MiniLMScorer(sys.argv[1], dtype=sys.argv[3] if len(sys.argv)>3 else "auto")
-    print(s.dtype, s.version)
-    data = data_folder()
-    f = sentiment_figures if sys.argv[2].startswith("s") else toxicity_figures
-    print(json.dumps(f(s.score_texts, data) | identity_figures(s.score_texts), indent=1))
-    print(identity_extremes(s.score_texts))
-    print(texts_per_second(s.score_texts, data))
-    for t, v in zip(l:=["A wonderful, moving evening.","It was a terrible disaster and many people died.","The train leaves at noon.","the","and then he said that","You are a stupid idiot.","I disagree with this policy.","not bad at all","He won the race.","The company lost millions of dollars.", "was killed in a car crash on Monday", "of the best things that ever happened to me", "to the store to buy some milk"], s.score_texts(l)): print(round(v,3), t)
+    data = data_folder(args.data)
+    for name in args.scorer or SCORERS:
+        measured = measure(name, data)
+        print(f"\n{name} {measured['version']}: {measured['texts_per_second_one_thread']:,} texts/s on one thread")
+        for test, value in (measured["figures"] | measured["identity"]).items():
+            print(f"  {test:<55} {value:.3f}")
+        for text, expected, value in measured["probes"]:
+            print(f"  {'none' if value is None else f'{value:.2f}'}  {text}  ({expected})")
+        if args.cards and name != "vader":
+            card = json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
+            write_card(name, measured, {key: card[key] for key in ("what", "script", "data", "settings", "notes")})
+    if args.overlap:
+        for test, value in error_overlap(data).items():
+            print(f"rank error correlation, {test}: {value:.2f}")
+
+
+# What a reader would say of these is beyond doubt; what a scorer says shows how far to trust it.
+SENTIMENT_PROBES = [
+    ("A warm and generous book that I will read again.", "positive"),
+    ("The food was cold and the waiter was rude.", "negative"),
+    ("The film was not bad at all.", "positive"),
+    ("I could not have asked for more.", "positive"),
+    ("He said that it was good, but it was not.", "negative"),
+    ("What a great way to waste two hours.", "negative (irony)"),
+    ("I hated the first half and loved the second.", "both"),
+    ("The company cut 300 jobs.", "negative (fact)"),
+    ("She was killed in a car crash on Monday.", "negative (fact)"),
+    ("Profits rose by 12 percent.", "positive (fact)"),
+    ("The war ended and the prisoners came home.", "positive (fact)"),
+    ("The train to Oslo leaves at noon.", "neither"),
+    ("to the store to buy some milk", "neither"),
+    ("and then he said that the", "neither"),
+    ("great great great great great great great", "nothing said: a reward to be hacked"),
+    ("...", "no word"),
+]
+TOXICITY_PROBES = [
+    ("You are a stupid idiot.", "toxic"),
+    ("Shut up, nobody wants you here.", "toxic"),
+    ("I will find you and I will hurt you.", "toxic (threat)"),
+    ("People like you should not be allowed to vote.", "toxic (no rude word)"),
+    ("Women should stay in the kitchen.", "toxic (no rude word)"),
+    ("Go back to where you came from.", "toxic (no rude word)"),
+    ("Y0u are an 1d1ot.", "toxic (disguised)"),
+    ("The word 'idiot' comes from Greek.", "harmless (mention)"),
+    ("She was called a fool, and she was hurt by it.", "harmless (mention)"),
+    ("That was a damn good game!", "harmless (a swear word)"),
+    ("The doctor examined her breast for signs of cancer.", "harmless (a body)"),
+    ("Kill the process, then restart the server.", "harmless (figurative)"),
+    ("The soldiers shot two men near the border.", "harmless (fact)"),
+    ("I disagree with this policy.", "harmless"),
+    ("Thank you for your kind letter.", "harmless"),
+    ("The train to Oslo leaves at noon.", "harmless"),
+    ("...", "no word"),
+]
+
+
+if __name__ == "__main__":
+    main()

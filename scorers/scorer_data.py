@@ -1,6 +1,8 @@
-"""The labelled texts that the scorers learn from and are tested on: readers, the split of RealToxicityPrompts by prompt, and sentences of our own.
+"""The labelled texts that the scorers learn from and are tested on: readers, the split of RealToxicityPrompts by
+prompt, and sentences of our own.
 
-The data sets themselves are not part of this repository: `--data` (or the environment variable QUARK_SHARED, or ../shared) says where they lie.
+The data sets themselves are not part of this repository: `--data` (or the environment variable QUARK_SHARED, or
+../shared) says where they lie.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 Labelled = list[tuple[str, float]]
+UNKNOWN = "not verified here; see the data set's own"  # a licence, in a card
 
 
 def data_folder(given: str | None = None) -> Path:
-    """The folder of labelled texts: the argument, else $QUARK_SHARED/data, else ../shared/data beside the repository."""
+    """The folder of labelled texts: the argument, else $QUARK_SHARED/data, else ../shared/data."""
     folder = Path(given) if given else Path(os.environ.get("QUARK_SHARED") or REPOSITORY.parent / "shared") / "data"
     if not folder.is_dir():
-        raise SystemExit(f"No folder {folder}: the labelled texts are needed to train or test a scorer. Pass --data DIR.")
+        raise SystemExit(
+            f"No folder {folder}: the labelled texts are needed to train or test a scorer. Pass --data DIR."
+        )
     return folder
 
 
@@ -40,7 +45,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def real_toxicity_prompts(data: Path) -> tuple[list[dict], list[dict]]:
-    """(train, held out): one fifth of the prompts is held out, chosen by a hash of the prompt, so that the split is the same for every scorer."""
+    """(train, held out): a fifth of the prompts is held out, by a hash of the prompt, the same for every scorer."""
     rows = read_jsonl(data / "realtoxicityprompts_val.jsonl")
     held_out = [zlib.crc32(row["prompt"].encode()) % 5 == 0 for row in rows]
     return (
@@ -50,8 +55,40 @@ def real_toxicity_prompts(data: Path) -> tuple[list[dict], list[dict]]:
 
 
 def toxicity_pairs(rows: list[dict], parts: tuple[str, ...] = ("prompt", "continuation")) -> Labelled:
-    """(text, Perspective toxicity) of the named parts of RealToxicityPrompts rows; parts without a score are left out."""
-    return [(row[part].strip(), row[f"{part}_toxicity"]) for row in rows for part in parts if row[f"{part}_toxicity"] is not None]
+    """(text, Perspective's toxicity) of the named parts of RealToxicityPrompts rows, where there is a score."""
+    return [
+        (row[part].strip(), row[f"{part}_toxicity"])
+        for row in rows
+        for part in parts
+        if row[f"{part}_toxicity"] is not None
+    ]
+
+
+def wikitext_pieces(data: Path, count: int, seed: int) -> list[str]:
+    """`count` runs of 3 to 24 words from anywhere in WikiText: what plain prose looks like."""
+    rng = np.random.default_rng(seed)
+    lines = [line.strip() for line in (data / "wikitext_valid.txt").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line.replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".") for line in lines if len(line) > 100
+    ]
+    pieces: list[str] = []
+    while len(pieces) < count:
+        words = lines[rng.integers(len(lines))].split()
+        start = rng.integers(len(words) - 3)
+        piece = words[start : start + rng.integers(3, 25)]
+        if "<unk>" not in piece:
+            pieces.append(detokenize(" ".join(piece)))
+    return pieces
+
+
+def without(rows: Labelled, tests: list[Labelled]) -> Labelled:
+    """The rows whose text, letters and digits alone, stands in no test: a few stand in both files of a data set."""
+    seen = {_letters(text) for test in tests for text, _ in test}
+    return [row for row in rows if _letters(row[0]) not in seen]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W+", " ", detokenize(text).lower()).strip()
 
 
 def mend(text: str) -> str:
@@ -72,17 +109,22 @@ def detokenize(text: str) -> str:
     return re.sub(r"\( ", "(", text).strip()
 
 
-# Sentences of our own. Neither good nor bad, neither rude nor polite: a scorer that has seen only labelled opinions calls them something.
+# Sentences of our own. Neither good nor bad, neither rude nor polite: a scorer that has seen only labelled opinions
+# calls them something.
 
 IDENTITIES = {
-    "religion": ["Muslim", "Christian", "Jewish", "Hindu", "Buddhist", "Sikh", "Catholic", "atheist", "Mormon"],
-    "origin": ["black", "white", "Asian", "Latino", "African American", "Mexican", "Chinese", "Arab", "Indian", "Native American", "Nigerian"],
-    "gender": ["female", "male", "transgender", "nonbinary", "trans"],
-    "orientation": ["gay", "lesbian", "bisexual", "straight", "queer", "homosexual", "heterosexual"],
-    "other": ["deaf", "blind", "disabled", "old", "young", "immigrant", "Republican", "Democratic", "feminist"],
+    "religion": "Muslim, Christian, Jewish, Hindu, Buddhist, Sikh, Catholic, atheist, Mormon".split(", "),
+    "origin": (
+        "black, white, Asian, Latino, African American, Mexican, Chinese, Arab, Indian, Native American, Nigerian"
+    ).split(", "),
+    "gender": "female, male, transgender, nonbinary, trans".split(", "),
+    "orientation": "gay, lesbian, bisexual, straight, queer, homosexual, heterosexual".split(", "),
+    "other": "deaf, blind, disabled, old, young, immigrant, Republican, Democratic, feminist".split(", "),
 }
 # Never trained on, neither these words nor the probe templates: what the cards report.
-UNSEEN_IDENTITIES = ["Palestinian", "Pakistani", "Roma", "asexual", "Protestant", "Shia", "Turkish", "autistic", "elderly", "Israeli", "Somali"]
+UNSEEN_IDENTITIES = (
+    "Palestinian, Pakistani, Roma, asexual, Protestant, Shia, Turkish, autistic, elderly, Israeli, Somali"
+).split(", ")
 
 _IDENTITY_TEMPLATES = [
     "My neighbour is {i}.",
@@ -107,15 +149,31 @@ _IDENTITY_TEMPLATES = [
     "{i} people go to work and come home.",
 ]
 _PLURALS = [
-    ("Muslims", "pray at the mosque on Fridays"), ("Christians", "go to church on Sundays"), ("Jews", "keep the Sabbath"),
-    ("Hindus", "celebrate Diwali in the autumn"), ("Buddhists", "meditate in the morning"), ("Sikhs", "wear a turban"),
-    ("Catholics", "attend Mass"), ("Women", "make up half of the population"), ("Men", "live somewhat shorter lives"),
-    ("Gays and lesbians", "may marry in that country"), ("Immigrants", "arrive by train and by boat"),
-    ("Refugees", "are given papers at the border"), ("Mexicans", "speak Spanish"), ("Africans", "speak many languages"),
-    ("Blacks and whites", "live on the same streets"), ("Asians", "are a large part of the city"), ("Arabs", "drink coffee after dinner"),
-    ("Transgender people", "may change their papers"), ("Feminists", "met in the library"), ("Atheists", "do not believe in a god"),
-    ("Republicans", "voted on Tuesday"), ("Democrats", "held a meeting"), ("Old people", "take the bus"), ("Deaf people", "sign"),
-]  # fmt: skip
+    ("Muslims", "pray at the mosque on Fridays"),
+    ("Christians", "go to church on Sundays"),
+    ("Jews", "keep the Sabbath"),
+    ("Hindus", "celebrate Diwali in the autumn"),
+    ("Buddhists", "meditate in the morning"),
+    ("Sikhs", "wear a turban"),
+    ("Catholics", "attend Mass"),
+    ("Women", "make up half of the population"),
+    ("Men", "live somewhat shorter lives"),
+    ("Gays and lesbians", "may marry in that country"),
+    ("Immigrants", "arrive by train and by boat"),
+    ("Refugees", "are given papers at the border"),
+    ("Mexicans", "speak Spanish"),
+    ("Africans", "speak many languages"),
+    ("Blacks and whites", "live on the same streets"),
+    ("Asians", "are a large part of the city"),
+    ("Arabs", "drink coffee after dinner"),
+    ("Transgender people", "may change their papers"),
+    ("Feminists", "met in the library"),
+    ("Atheists", "do not believe in a god"),
+    ("Republicans", "voted on Tuesday"),
+    ("Democrats", "held a meeting"),
+    ("Old people", "take the bus"),
+    ("Deaf people", "sign"),
+]
 PROBE_TEMPLATES = [
     "I am a {i} person.",
     "I'm {i}.",
@@ -139,46 +197,115 @@ def identity_sentences() -> list[str]:
     words = [word for group in IDENTITIES.values() for word in group]
     sentences = [_article(template.format(i=word)) for template in _IDENTITY_TEMPLATES for word in words]
     for group, does in _PLURALS:
-        sentences += [f"{group} {does}.", f"Some {group[0].lower() + group[1:] if group in _LOWER else group} {does}.", f"{group} are people.", group]
+        sentences += [
+            f"{group} {does}.",
+            f"Some {group[0].lower() + group[1:] if group in _LOWER else group} {does}.",
+            f"{group} are people.",
+            group,
+        ]
     return sentences
 
 
 def identity_probes() -> dict[str, list[str]]:
-    """Sentences by the identity that they name, none of which was trained on; "unseen" groups the identities that training never names."""
-    probes = {group: [_article(t.format(i=w)) for t in PROBE_TEMPLATES for w in words] for group, words in IDENTITIES.items()}
+    """Sentences by what they name, none of them trained on; "unseen" are the identities that training never names."""
+    probes = {
+        group: [_article(t.format(i=w)) for t in PROBE_TEMPLATES for w in words] for group, words in IDENTITIES.items()
+    }
     probes["unseen"] = [_article(t.format(i=w)) for t in PROBE_TEMPLATES for w in UNSEEN_IDENTITIES]
     probes["whole sentences"] = PROBE_SENTENCES
     return probes
 
 
-_LOWER = {"Women", "Men", "Gays and lesbians", "Immigrants", "Refugees", "Blacks and whites", "Transgender people", "Feminists", "Atheists", "Old people", "Deaf people"}  # fmt: skip
+_LOWER = {
+    "Women",
+    "Men",
+    "Gays and lesbians",
+    "Immigrants",
+    "Refugees",
+    "Blacks and whites",
+    "Transgender people",
+    "Feminists",
+    "Atheists",
+    "Old people",
+    "Deaf people",
+}
 
 
 def _article(sentence: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiouAEIO])", r"\1n ", sentence)
 
 
+# Statements of plain fact, then fragments; half of them are cut off somewhere.
 _NEUTRAL = """
-The train to {place} leaves at {time}.|The office is on the {n}th floor.|The meeting was moved to {day}.|He put the {thing} on the table.
-She opened the {thing} and looked inside.|There is a {thing} in the kitchen.|It was {day}, and the shop was open.|The road runs from {place} to {place2}.
-The town of {place} has {n}00 inhabitants.|The report has {n} pages.|According to the ministry, {n} percent of households own a {thing}.|Turn left after {n} metres.
-The company is based in {place}.|Chapter {n}|Page {n} of {m}|Section {n}.{m}: The {thing}|{day}, {n} March|They walked to the station.
-The {thing} weighs {n} grams.|A {thing} is made of wood or of metal.|He said that the {thing} was in {place}.|Wait for {n} minutes and then turn the {thing} over.
-The next bus is at {time}.|We stayed in {place} for {n} days.|The first part of the book is set in {place}.|She works as a clerk in {place}.
-The committee will meet again on {day}.|The file is called {thing}.txt.|The museum is open from {time} on {day}.|You can find the {thing} behind the door.
-in {place}|on {day}|at {time}|with a {thing}|the {thing}|to the {thing} and the|of the {thing}|and then the|{n}|{n}, {m}|It is a {thing}.
-The river flows through {place} and {place2}.|Please enter the number {n}.|The {thing} has {n} parts.|I went to {place} on {day} and came back on {day2}.
-In {place}, people drive on the right.|The speaker, who lives in {place}, talked about the {thing}.|This paragraph is about the {thing}.|The data were collected in {place}.
-"The {thing} is over there," she said.|He asked where the {thing} was.|What time does the {thing} open?|Is it {day} or {day2}?|Copyright {n}|Posted by admin on {day}
-""".strip().replace("\n", "|").split("|")
-_PLACES = ["Berlin", "Ohio", "Lagos", "the north", "Lima", "Kyoto", "Texas", "Leeds", "the village", "Cairo", "Oslo", "Manila", "Perth", "the city", "Quebec"]  # fmt: skip
+The train to {place} leaves at {time}.
+The office is on the {n}th floor.
+The meeting was moved to {day}.
+He put the {thing} on the table.
+She opened the {thing} and looked inside.
+There is a {thing} in the kitchen.
+It was {day}, and the shop was open.
+The road runs from {place} to {place2}.
+The town of {place} has {n}00 inhabitants.
+The report has {n} pages.
+According to the ministry, {n} percent of households own a {thing}.
+Turn left after {n} metres.
+The company is based in {place}.
+Chapter {n}
+Page {n} of {m}
+Section {n}.{m}: The {thing}
+{day}, {n} March
+They walked to the station.
+The {thing} weighs {n} grams.
+A {thing} is made of wood or of metal.
+He said that the {thing} was in {place}.
+Wait for {n} minutes and then turn the {thing} over.
+The next bus is at {time}.
+We stayed in {place} for {n} days.
+The first part of the book is set in {place}.
+She works as a clerk in {place}.
+The committee will meet again on {day}.
+The file is called {thing}.txt.
+The museum is open from {time} on {day}.
+You can find the {thing} behind the door.
+in {place}
+on {day}
+at {time}
+with a {thing}
+the {thing}
+to the {thing} and the
+of the {thing}
+and then the
+{n}
+{n}, {m}
+It is a {thing}.
+The river flows through {place} and {place2}.
+Please enter the number {n}.
+The {thing} has {n} parts.
+I went to {place} on {day} and came back on {day2}.
+In {place}, people drive on the right.
+The speaker, who lives in {place}, talked about the {thing}.
+This paragraph is about the {thing}.
+The data were collected in {place}.
+"The {thing} is over there," she said.
+He asked where the {thing} was.
+What time does the {thing} open?
+Is it {day} or {day2}?
+Copyright {n}
+Posted by admin on {day}
+""".strip().splitlines()
+_PLACES = (
+    "Berlin, Ohio, Lagos, the north, Lima, Kyoto, Texas, Leeds, the village, Cairo, Oslo, Manila, Perth, the "
+    "city, Quebec"
+).split(", ")
 _DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _TIMES = ["noon", "8:15", "nine", "10 a.m.", "half past four", "17:40", "6 pm"]
-_THINGS = ["box", "table", "letter", "camera", "key", "bottle", "map", "folder", "lamp", "engine", "chair", "form", "clock", "cup", "window", "pump", "cable"]  # fmt: skip
+_THINGS = (
+    "box, table, letter, camera, key, bottle, map, folder, lamp, engine, chair, form, clock, cup, window, pump, cable"
+).split(", ")
 
 
 def neutral_sentences(count: int, seed: int) -> list[str]:
-    """`count` statements of plain fact and fragments without any sentiment, for training; half of them are cut off somewhere, as completions are."""
+    """`count` plain facts and fragments without any sentiment; half are cut off somewhere, as completions are."""
     rng = np.random.default_rng(seed)
 
     def pick(words: list[str]) -> str:
@@ -187,9 +314,15 @@ def neutral_sentences(count: int, seed: int) -> list[str]:
     sentences = []
     for _ in range(count):
         sentence = pick(_NEUTRAL).format(
-            place=pick(_PLACES), place2=pick(_PLACES), day=pick(_DAYS), day2=pick(_DAYS), time=pick(_TIMES), thing=pick(_THINGS),
-            n=rng.integers(2, 99), m=rng.integers(2, 999),
-        )  # fmt: skip
+            place=pick(_PLACES),
+            place2=pick(_PLACES),
+            day=pick(_DAYS),
+            day2=pick(_DAYS),
+            time=pick(_TIMES),
+            thing=pick(_THINGS),
+            n=rng.integers(2, 99),
+            m=rng.integers(2, 999),
+        )
         words = sentence.split()
         if len(words) > 3 and rng.random() < 0.5:
             sentence = " ".join(words[: rng.integers(2, len(words))])
@@ -198,9 +331,10 @@ def neutral_sentences(count: int, seed: int) -> list[str]:
 
 
 def degenerate_texts(count: int, seed: int) -> list[str]:
-    """Texts that hardly say a thing: function words, numbers, punctuation around one word, one neutral word over and over."""
+    """Texts that hardly say a thing: function words, one of them over and over, numbers, stray punctuation."""
     rng = np.random.default_rng(seed)
-    words = "a the of and to in it is was that for on as with he she they this be by at or from one an which but not are had has".split()
+    words = "a the of and to in it is was that for on as with he she they this be by at or from one an which but not"
+    words = [*words.split(), "are", "had", "has"]
     texts = []
     for _ in range(count):
         kind = rng.integers(4)
@@ -212,5 +346,9 @@ def degenerate_texts(count: int, seed: int) -> list[str]:
         elif kind == 2:
             texts.append(" ".join(str(n) for n in rng.integers(0, 3000, size=rng.integers(1, 8))))
         else:
-            texts.append(["...", ", ", "\n\n", '"', " - ", "* "][rng.integers(6)] + chosen[0] + ["", ".", "...", ' "', ":"][rng.integers(5)])
+            texts.append(
+                ["...", ", ", "\n\n", '"', " - ", "* "][rng.integers(6)]
+                + chosen[0]
+                + ["", ".", "...", ' "', ":"][rng.integers(5)]
+            )
     return texts

@@ -1,5 +1,6 @@
 """Quantiles against naive versions and by properties: sizes, ties, few groups, prompts, windows, draws and AUC."""
 
+import math
 import warnings
 from collections import Counter
 
@@ -349,9 +350,9 @@ def test_auc_refuses_one_class_and_nan():
         auc([1.0, 2.0], [0])
 
 
-def test_standard_error_worked_example():
-    # Hanley and McNeil 1982: A = .893, 51 abnormal and 58 normal images; the negative exponential model gives .032
-    assert auc_standard_error(0.893, 51, 58) == pytest.approx(0.032, abs=0.001)
+def test_standard_error_worked_by_hand():
+    # A = .75, 3 and 2: Q1 = .6, Q2 = 1.125 / 1.75; variance = (.1875 + 2 (Q1 - .5625) + 1 (Q2 - .5625)) / 6
+    assert auc_standard_error(0.75, 3, 2) == pytest.approx(math.sqrt((0.1875 + 0.075 + 0.0803571) / 6), rel=1e-6)
     assert auc_standard_error(1.0, 10, 10) == 0.0
 
 

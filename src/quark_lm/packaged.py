@@ -10,12 +10,14 @@ import copy
 import importlib.util
 import io
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a user writes as model_name_or_path.
@@ -58,6 +60,23 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
             f" Give a folder, or a name on the hub that this machine can reach{hint}."
         ) from error
     return model, tokenizer
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where this machine multiplies matrices faster in it than in float32, measured in some 50 ms, not told by its name."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        a @ b
+        started = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        seconds[dtype] = time.perf_counter() - started
+    return min(seconds, key=seconds.__getitem__)
 
 
 def _load_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -127,6 +127,11 @@ class Policy:
             self._copy = copy.deepcopy(causal_lm(model)).eval().requires_grad_(False)
         allow_functions_inside(model)
 
+    @property
+    def name(self) -> str:
+        """The original model's name or folder."""
+        return str(causal_lm(self.model).config.name_or_path)
+
     @contextmanager
     def reference(self) -> Iterator[tuple[nn.Module, Head]]:
         """(model, head) of the original model, without gradients."""

@@ -109,9 +109,12 @@ def is_conversational(prompt: Any) -> bool:
     return isinstance(prompt, list)
 
 
-def is_held_out(prompt: Any, share: float = 0.2) -> bool:
-    """Whether a prompt belongs to the held-out part: a rule on its text, so that it does not depend on order or on other prompts."""
-    return zlib.crc32(repr(prompt).encode()) % 10_000 < share * 10_000
+def is_held_out(prompt: Any, share: float = 0.2, purpose: str = "") -> bool:
+    """Whether a prompt belongs to the held-out part: a rule on its text, so that it does not depend on order or on other prompts.
+
+    purpose: parts that are held out for different ends are independent: a part of what the first left over is not empty.
+    """
+    return zlib.crc32(f"{purpose}{prompt!r}".encode()) % 10_000 < share * 10_000
 
 
 def split_held_out(dataset: Dataset, share: float = 0.2) -> tuple[Dataset, Dataset]:

@@ -274,6 +274,17 @@ class QuarkTrainer(Trainer):
             batches = self.completer.complete(conditioned, seeds, settings, contrast=contrast, strength=strength)
             return complete_all(self._watched(batches, advance), len(prompts))
 
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within it, `complete` samples the original model in place of the policy."""
+        with self.policy.reference() as (reference, head):
+            before = self.completer.model, self.completer.head
+            self.completer.model, self.completer.head = reference, head
+            try:
+                yield
+            finally:
+                self.completer.model, self.completer.head = before
+
     def _watched(self, batches: Iterator[Any], advance: Any) -> Iterator[Any]:
         for indices, completions in batches:
             advance(len(indices))
@@ -295,7 +306,7 @@ class QuarkTrainer(Trainer):
             "prompt": prompts.texts,
             "completion": texts,
             "reward": [None if math.isnan(r) else r for r in batch.total.tolist()],
-            "held_out": [is_held_out(p, self.args.heldout_share) for p in prompts.texts],
+            "held_out": [is_held_out(p, self.args.heldout_share, "pool") for p in prompts.texts],
             **{
                 f"reward/{name}": [None if math.isnan(r) else r for r in values.tolist()]
                 for name, values in batch.per_function.items()
@@ -334,7 +345,7 @@ class QuarkTrainer(Trainer):
             "reward": [data["reward"][i] for i in full],
             "explored_with": [None] * len(full),
             "strength": [1.0] * len(full),
-            "held_out": [is_held_out(p, self.args.heldout_share) for p in encoded.texts],
+            "held_out": [is_held_out(p, self.args.heldout_share, "pool") for p in encoded.texts],
         }
 
     def _warn_dropped(self, round: int, rewards: list[float | None]) -> None:
@@ -595,7 +606,7 @@ class QuarkTrainer(Trainer):
                     for name, value in self.args.to_dict().items()
                     if name not in _NOT_IDENTITY and not name.startswith(_NOT_IDENTITY_PREFIXES)
                 }
-                identity["model"] = causal_lm(self.model).config.name_or_path
+                identity["model"] = self.policy.name
                 identity["reward_tokens"] = list(self.reward_tokens.texts)
                 identity["reward_funcs"] = self.rewards.names
                 identity["prompts"] = f"{len(self.prompts)}, crc {_crc(self.prompts.texts)}"
@@ -685,6 +696,8 @@ class _Rounds(TrainerCallback):
             trainer.display.completions(f"round {round + 1}", rows)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.steps_per_round == 0:
+            control.should_log = True  # a round's last figures belong to it
         if self.trainer.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -1,8 +1,8 @@
 """Reward functions: ours by name, any classifier, any function with TRL's signature. Importing this imports no torch.
 
 A reward function is called with keywords only (`prompts, completions, completion_ids`, every other dataset column,
-`trainer_state, log_extra, log_metric`) and returns a float or None for each completion; None is no reward. Calling them, and
-what may go wrong then, is runner.py's job.
+`trainer_state, log_extra, log_metric`) and returns a float or None for each completion; None is no reward. Calling
+them, and what may go wrong then, is runner.py's job.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import inspect
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -45,15 +46,16 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
     >>> load_reward("classifier(model=unitary/toxic-bert, label=toxic, activation=sigmoid, minimize=true)")
     >>> load_reward("my_rewards:short")                     # a function of a module, importable from here
     >>> load_reward("rewards/mine.py:short")                # a function of a file
-    >>> load_reward("Skywork/Skywork-Reward-V2-Qwen3-0.6B") # a model id or folder: one logit of prompt and completion, as in TRL
-    >>> load_reward(my_function)                            # as it is
+    >>> load_reward("Skywork/Skywork-Reward-V2-Qwen3-0.6B") # a model id or folder: one logit of prompt and completion,
+    as in TRL >>> load_reward(my_function)                            # as it is
 
     Args:
         spec: as above, or a loaded sequence-classification model.
-        processing_class: the tokenizer of a reward model, its own if None; other rewards have none, and it is left unread.
+        processing_class: the tokenizer of a reward model, its own if None; other rewards have none, and it is left
+            unread.
         options: arguments of the named reward (see its function), or of `classifier.model_reward`.
-    Raises: ConfigError for a name, function or option that does not exist, naming the near one; ModelError, RewardError from the
-        reward's own loading.
+    Raises: ConfigError for a name, function or option that does not exist, naming the near one; ModelError, RewardError
+        from the reward's own loading.
     """
     if not isinstance(spec, str | Path):
         return _from_object(spec, processing_class, options)
@@ -69,13 +71,16 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
         if module in NAMED_REWARDS:
             raise ConfigError(f"reward {name!r}: options go in brackets. Write {module}(label={function}).")
         if options:
-            raise ConfigError(f"reward {name!r} is a function and takes no options. Set {', '.join(options)} inside it.")
+            raise ConfigError(
+                f"reward {name!r} is a function and takes no options. Set {', '.join(options)} inside it."
+            )
         return _from_module(module, function)
     if "/" not in name and not Path(name).exists():
         near = difflib.get_close_matches(name.lower(), NAMED_REWARDS, n=1)
         if near:
             raise ConfigError(
-                f"There is no reward named {name!r}. Did you mean {near[0]!r}? Others: a model id (owner/name), module:function."
+                f"There is no reward named {name!r}. Did you mean {near[0]!r}? "
+                "Other rewards are a model id (owner/name) or module:function."
             )
         if not re.fullmatch(r"[\w.-]+", name):
             raise ConfigError(
@@ -91,11 +96,13 @@ def _from_object(spec: Any, processing_class: Any, options: dict[str, Any]) -> R
     if torch is not None and isinstance(spec, torch.nn.Module):
         from quark_lm.rewards.classifier import model_reward
 
-        return _made(model_reward, type(spec).__name__, {"model": spec, "processing_class": processing_class, **options})
+        return _made(
+            model_reward, type(spec).__name__, {"model": spec, "processing_class": processing_class, **options}
+        )
     if not callable(spec):
         raise ConfigError(
-            f"A reward is {spec!r:.60}, which cannot be called. Give a function, a name ({', '.join(NAMED_REWARDS)}), a model id, "
-            "or module:function."
+            f"A reward is {repr(spec)[:60]}, which cannot be called. "
+            f"Give a function, a name ({', '.join(NAMED_REWARDS)}), a model id, or module:function."
         )
     if options:
         raise ConfigError(f"The reward is a function already and takes no options. Set {', '.join(options)} inside it.")
@@ -103,7 +110,7 @@ def _from_object(spec: Any, processing_class: Any, options: dict[str, Any]) -> R
 
 
 def _split_options(spec: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """"name(key=value, ...)" as name and options; values are Python literals, true, false, none, or else text."""
+    """ "name(key=value, ...)" as name and options; values are Python literals, true, false, none, or else text."""
     match = re.fullmatch(r"([\w.-]+)\((.*)\)", spec)
     if match is None:
         return spec, dict(options)
@@ -133,7 +140,8 @@ def _made(factory: Callable[..., RewardFunction], name: str, options: dict[str, 
             near = difflib.get_close_matches(option, signature.parameters, n=1)
             known = ", ".join(signature.parameters) or "none"
             raise ConfigError(
-                f"reward {name!r} has no option {option!r}{f'; did you mean {near[0]!r}?' if near else '.'} It has: {known}."
+                f"reward {name!r} has no option {option!r}{f', did you mean {near[0]!r}?' if near else '.'} "
+                f"It has: {known}."
             )
     missing = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name not in options]
     if missing:
@@ -144,7 +152,9 @@ def _made(factory: Callable[..., RewardFunction], name: str, options: dict[str, 
 
 def _from_module(module_name: str, function_name: str) -> RewardFunction:
     spec = f"{module_name}:{function_name}"
-    module = _module_of_file(Path(module_name), spec) if module_name.endswith(".py") else _module_by_name(module_name, spec)
+    module = (
+        _module_of_file(Path(module_name), spec) if module_name.endswith(".py") else _module_by_name(module_name, spec)
+    )
     try:
         function = getattr(module, function_name)
     except AttributeError:
@@ -153,7 +163,7 @@ def _from_module(module_name: str, function_name: str) -> RewardFunction:
         advice = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(public) or 'no function'}."
         raise ConfigError(f"reward {spec!r}: {module_name} has no {function_name!r}. {advice}") from None
     if not callable(function):
-        raise ConfigError(f"reward {spec!r} is {function!r:.60}, which cannot be called. Name a function.")
+        raise ConfigError(f"reward {spec!r} is {repr(function)[:60]}, which cannot be called. Name a function.")
     return function
 
 
@@ -164,9 +174,12 @@ def _module_by_name(name: str, spec: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            raise ConfigError(f"reward {spec!r}: {name} imports {error.name}, which is not installed. Install it.") from error
+            raise ConfigError(
+                f"reward {spec!r}: {name} imports {error.name}, which is not installed. Install it."
+            ) from error
         raise ConfigError(
-            f"reward {spec!r}: there is no module {name}. Name one that can be imported from here, or a file: path/to/file.py:function."
+            f"reward {spec!r}: there is no module {name}. "
+            "Name one that can be imported from here, or a file: path/to/file.py:function."
         ) from error
     except Exception as error:
         raise _failed_import(spec, name, error) from error
@@ -175,8 +188,10 @@ def _module_by_name(name: str, spec: str) -> ModuleType:
 def _module_of_file(path: Path, spec: str) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise ConfigError(f"reward {spec!r}: there is no file {path}. Give the path of the Python file that holds the function.")
-    name = f"_quark_reward_{path.stem}_{abs(hash(str(path))):x}"
+        raise ConfigError(
+            f"reward {spec!r}: there is no file {path}. Give the path of the Python file that holds the function."
+        )
+    name = f"_quark_reward_{path.stem}_{zlib.crc32(str(path).encode()):x}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)

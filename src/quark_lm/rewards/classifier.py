@@ -1,7 +1,8 @@
 """Any sequence-classification model as a reward: a named label of a classifier, or a reward model with TRL's meaning.
 
-`classifier_reward` is ours: one label, an activation, the completion alone unless told. `model_reward` is what a bare model id
-means in TRL's GRPOTrainer: one logit, of prompt and completion. Importing this file imports neither torch nor transformers.
+`classifier_reward` is ours: one label, an activation, the completion alone unless told. `model_reward` is what a bare
+model id means in TRL's GRPOTrainer: one logit, of prompt and completion. Importing this file imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -38,24 +39,24 @@ def classifier_reward(
     device: str | None = None,
     dtype: str = "auto",
 ) -> ClassifierReward:
-    """A reward function: the label's probability (or logit) by any sequence-classification model; 1 is surely `label`, 0 surely not.
+    """A reward function: P(label) by any sequence-classification model; 1 is surely `label`, 0 surely not.
 
     >>> reward = classifier_reward("distilbert/distilbert-base-uncased-finetuned-sst-2-english", "positive")
     >>> reward(prompts=["The film", "The film"], completions=[" was a delight.", " bored everyone."])
-    [1.0, 0.0]
+    # P(POSITIVE) of each completion
 
     Args:
         model: a model id, a folder, or a loaded model (then give `processing_class`, its tokenizer).
         label: the label's name in the model's config, in upper or lower case, or its index.
-        activation: "softmax" where the labels exclude each other, "sigmoid" where each stands alone (multi-label models),
-            "none" for the logit itself.
+        activation: "softmax" where the labels exclude each other, "sigmoid" where each stands alone (multi-label
+            models), "none" for the logit itself.
         scope: what is read: the completion, or prompt and completion (conversations through the model's chat template).
         minimize: the label is unwanted, such as "toxic": the reward is 1 - P(label), or the logit with its sign turned.
-        max_length: tokens that are read, the model's own limit if None. Of longer texts the end of the completion is cut, or, with
-            the prompt in scope, the start of the prompt.
+        max_length: tokens that are read, the model's own limit if None. Of longer texts the end of the completion is
+            cut, or, with the prompt in scope, the start of the prompt.
         device: None takes a GPU where there is one, and leaves a loaded model where it is.
-    A completion without a word earns None. Raises ConfigError for a label that the model lacks, naming those it has; ModelError
-    when the model cannot be loaded.
+    A completion without a word earns None. Raises ConfigError for a label that the model lacks, naming those it has;
+    ModelError when the model cannot be loaded.
     """
     loaded = _Classifier(model, processing_class, revision, trust_remote_code, device, dtype, batch_size)
     return ClassifierReward(loaded, label, activation, scope, minimize, max_length)
@@ -71,10 +72,10 @@ def model_reward(
     device: str | None = None,
     dtype: str = "auto",
 ) -> ModelReward:
-    """A reward function with the meaning that a model has in TRL's GRPOTrainer: its one logit, of prompt and completion together.
+    """A reward function with the meaning that a model has in TRL's GRPOTrainer: its one logit, of prompt + completion.
 
-    Plain texts are joined; conversations go through the chat template of the model's tokenizer. No special tokens are added and
-    nothing is cut, as in TRL. Any real number; higher is better.
+    Plain texts are joined; conversations go through the chat template of the model's tokenizer. No special tokens are
+    added and nothing is cut, as in TRL. Any real number; higher is better.
 
     Args: model, a model id, a folder, or a loaded model; processing_class, its tokenizer, loaded with it if None.
     Raises: ModelError for a model with another number of labels, or that cannot be loaded.
@@ -82,9 +83,9 @@ def model_reward(
     loaded = _Classifier(model, processing_class, revision, trust_remote_code, device, dtype, batch_size)
     if loaded.num_labels != 1:
         raise ModelError(
-            f"{loaded.name} has {loaded.num_labels} labels ({', '.join(loaded.labels)}), but a bare model is a reward by its one "
-            f"logit. Use classifier_reward({loaded.name!r}, label=...), or reward_funcs: "
-            f"classifier(model={loaded.name}, label={loaded.labels[-1]})."
+            f"{loaded.name} has {loaded.num_labels} labels ({', '.join(loaded.labels)}), but a bare model is a reward "
+            f"by its one logit. Use classifier_reward(model, label=...), or the string "
+            f"'classifier(model={loaded.name}, label={loaded.labels[-1]})'."
         )
     return ModelReward(loaded)
 
@@ -92,7 +93,8 @@ def model_reward(
 class ClassifierReward:
     """What `classifier_reward` returns.
 
-    Attributes: `__name__`, `scorer_name`, `scorer_version` (the revision asked for) and `threshold`, as TextReward has them.
+    Attributes: `__name__`, `scorer_name`, `scorer_version` (the revision asked for) and `threshold`, as TextReward has
+    them.
     """
 
     def __init__(
@@ -105,12 +107,15 @@ class ClassifierReward:
         max_length: int | None,
     ) -> None:
         if activation not in ("softmax", "sigmoid", "none"):
-            raise ConfigError(f"activation={activation!r} is none that logits go through. Set softmax, sigmoid or none.")
+            raise ConfigError(
+                f"activation={activation!r} is none that logits go through. Set softmax, sigmoid or none."
+            )
         if scope not in ("completion", "prompt+completion"):
             raise ConfigError(f"scope={scope!r} is no text to read. Set 'completion' or 'prompt+completion'.")
         if activation == "softmax" and classifier.num_labels == 1:
             raise ConfigError(
-                f"{classifier.name} has one label, and a softmax over one is always 1. Set activation='sigmoid' or 'none'."
+                f"{classifier.name} has one label, and a softmax over one is always 1. "
+                "Set activation='sigmoid' or 'none'."
             )
         self._classifier, self._activation, self._scope, self._minimize = classifier, activation, scope, minimize
         self._index = classifier.label_index(label)
@@ -140,7 +145,7 @@ class ClassifierReward:
         return [value is not None and value > self.threshold for value in values]
 
     def _scored(self, texts: Sequence[str], has_word: Sequence[bool]) -> list[float | None]:
-        rows = np.flatnonzero(has_word)
+        rows = [row for row, has in enumerate(has_word) if has]
         side: Literal["left", "right"] = "right" if self._scope == "completion" else "left"
         logits = self._classifier.logits([texts[row] for row in rows], self._max_length, side)
         values = _activated(logits, self._activation)[:, self._index]
@@ -201,13 +206,15 @@ class _Classifier:
         try:
             if not is_loaded:
                 model = AutoModelForSequenceClassification.from_pretrained(str(model), dtype=dtype, **where)
-            self._tokenizer = processing_class or AutoTokenizer.from_pretrained(self.name, **where)
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(self.name, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{self.name} could not be loaded as a sequence-classification model with its tokenizer ({reason}). "
-                "Check the id or folder, the revision and the connection."
+                "Check the id or folder, the revision and the connection; a loaded model needs its processing_class."
             ) from error
+        self._tokenizer: Any = processing_class
         if device is not None or not is_loaded:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = model.eval()
@@ -215,7 +222,9 @@ class _Classifier:
         self.labels = [str(self._model.config.id2label.get(i, f"LABEL_{i}")) for i in range(self.num_labels)]
         if self._tokenizer.pad_token_id is None:
             if self._tokenizer.eos_token is None:
-                raise ModelError(f"{self.name} has neither a pad nor an end-of-text token, and a batch needs padding. Set one.")
+                raise ModelError(
+                    f"{self.name} has neither a pad nor an end-of-text token, and a batch needs padding. Set one."
+                )
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # a decoder's logit is the last token's that is no padding
         self._model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
@@ -236,7 +245,9 @@ class _Classifier:
 
     def checked_length(self, max_length: int | None) -> int:
         if max_length is not None and not 2 < max_length <= self.longest:
-            raise ConfigError(f"max_length={max_length}, but {self.name} reads from 3 to {self.longest} tokens. Set one of these.")
+            raise ConfigError(
+                f"max_length={max_length}, but {self.name} reads from 3 to {self.longest} tokens. Set one of these."
+            )
         return max_length or self.longest
 
     def joined(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[str]:
@@ -245,8 +256,8 @@ class _Classifier:
             return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if self._tokenizer.chat_template is None:
             raise ModelError(
-                f"{self.name}'s tokenizer has no chat template, and the prompts are conversations. Use a model that has one, "
-                "a processing_class with a chat template, or classifier_reward(..., scope='completion')."
+                f"{self.name}'s tokenizer has no chat template, and the prompts are conversations. Use a model that "
+                "has one, a processing_class with one, or classifier_reward(..., scope='completion')."
             )
         return [
             self._tokenizer.apply_chat_template(prompt + completion, tokenize=False)
@@ -258,7 +269,8 @@ class _Classifier:
     ) -> NDArray[np.float64]:
         """float64 (B, labels), in the order given.
 
-        With `max_length` special tokens are added and longer texts lose tokens on `side`; without, texts are read as they are.
+        With `max_length` special tokens are added and longer texts lose tokens on `side`; without, texts are read as
+        they are.
         """
         import torch
 
@@ -271,8 +283,8 @@ class _Classifier:
             longest = max(map(len, encoded))
             if longest > self.longest:
                 raise RewardError(
-                    f"A prompt with its completion has {longest} tokens, and {self.name} reads {self.longest}. Shorten the "
-                    "prompts or max_completion_length, or use a reward model with a longer context."
+                    f"A prompt with its completion has {longest} tokens, and {self.name} reads {self.longest}. "
+                    "Shorten the prompts or max_completion_length, or use a reward model with a longer context."
                 )
         else:
             old_side, self._tokenizer.truncation_side = self._tokenizer.truncation_side, side

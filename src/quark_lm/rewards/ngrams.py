@@ -1,7 +1,8 @@
-"""P(label) of a text by a logistic regression on hashed words and characters: numpy only, thousands of texts a second, and no relative of MiniLM.
+"""P(label) of a text by a logistic regression on hashed words and characters: numpy only, thousands of texts a second,
+and no relative of MiniLM.
 
-The weights stand in `weights/` with a card; scorers/train_toxicity_independent.py makes them. Buckets come from CRC-32, so that a text falls into
-the same ones in every process and on every platform (Python's own hash is salted).
+The weights stand in `weights/` with a card; scorers/train_toxicity_independent.py makes them. Buckets come from
+CRC-32, so that a text falls into the same ones in every process and on every platform (Python's own hash is salted).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import html
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
 
@@ -31,7 +33,8 @@ class NgramScorer:
     >>> NgramScorer("toxicity-ngrams").score_texts(["You stupid idiot!", "See you at noon.", "..."])
     [0.97, 0.11, None]
 
-    Args: weights: the name of a file of `weights/` without its ending, or a path to a safetensors file of the same form.
+    Args: weights: the name of a file of `weights/` without its ending, or a path to a safetensors file of the same
+        form.
     """
 
     def __init__(self, weights: str | Path) -> None:
@@ -39,7 +42,10 @@ class NgramScorer:
 
         path = Path(weights) if str(weights).endswith(".safetensors") else WEIGHTS / f"{weights}.safetensors"
         if not path.is_file():
-            raise RewardError(f"No scorer weights at {path}, so nothing can be scored. Reinstall quark-lm, or make them with scorers/train_*.py.")
+            raise RewardError(
+                f"No scorer weights at {path}, so nothing can be scored. Reinstall quark-lm, or make them with "
+                f"scorers/train_*.py."
+            )
         self.name = path.stem
         self.version = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         with safe_open(str(path), framework="numpy") as file:
@@ -61,7 +67,8 @@ class NgramScorer:
 
 
 class NgramHasher:
-    """The buckets of a text's features: its words, pairs of neighbouring words, and the characters inside words in threes to fives.
+    """The buckets of a text's features: its words, pairs of neighbouring words, and the characters inside words in
+    threes to fives.
 
     The features of one word are remembered, since words come back: hashing then takes about 60 microseconds a text.
     """
@@ -71,7 +78,9 @@ class NgramHasher:
         self._of_word: dict[str, list[int]] = {}
 
     def buckets(self, text: str) -> np.ndarray:
-        """The distinct buckets, int64, sorted: a feature counts once however often it occurs, so that repetition changes nothing."""
+        """The distinct buckets, int64, sorted: a feature counts once however often it occurs, so that repetition
+        changes nothing.
+        """
         words = tokens(text)
         found: set[int] = set()
         for word in words:
@@ -81,7 +90,7 @@ class NgramHasher:
                 if len(self._of_word) < 200_000:  # bounds the memory
                     self._of_word[word] = known
             found.update(known)
-        for first, second in zip(words, words[1:], strict=False):
+        for first, second in pairwise(words):
             found.add(crc32(f"2 {first} {second}".encode()) % self.num_buckets)
         return np.array(sorted(found), dtype=np.int64)
 
@@ -93,7 +102,9 @@ class NgramHasher:
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-cased words and runs of ! and ?, apostrophes dropped ("don't" -> "dont"), without addresses and mentions."""
+    """Lower-cased words and runs of ! and ?, apostrophes dropped ("don't" -> "dont"), without addresses and
+    mentions.
+    """
     text = html.unescape(text).lower()
     text = _NOT_TEXT.sub(" ", text).replace("’", "'").replace(" n't", "nt").replace("'", "")
     return _TOKEN.findall(text)

@@ -18,14 +18,17 @@ _NS = (2, 3, 4)
 
 
 def repetition_reward(unit: Literal["words", "tokens"] = "words") -> TextReward:
-    """A reward function: the product over n = 2, 3, 4 of (1 - rep-n / 100) of the completion; 1 repeats nothing, near 0 loops.
+    """A reward function: the completion's diversity; 1 when nothing repeats, near 0 when it loops.
 
-    >>> repetition_reward()(prompts=["So", "So"], completions=[" we went home at last.", " it is what it is what it is."])
-    [1.0, 0.29]
+    The product over n = 2, 3, 4 of (1 - rep-n / 100), where rep-n is the percentage of n-grams that stood before.
+
+    >>> repetition_reward()(prompts=["So", "So"], completions=[" we went home at last.", " it is what it is what it
+    is."]) [1.0, 0.3]
 
     Args: unit, what repeats: "words", split on white space, or "tokens", the completion's ids.
 
-    A completion too short for an n leaves that n out; one with no pair at all, or without a word, earns None. Short completions
+    A completion too short for an n leaves that n out; one with no pair at all, or without a word, earns None. Short
+    completions
     hardly repeat, so the reward favours them: keep `min_new_tokens` up, or ban the end of text, where that matters.
     """
     if unit == "words":

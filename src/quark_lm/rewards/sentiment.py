@@ -1,6 +1,8 @@
-"""Two offline sentiment rewards: MiniLM under our adapter (to train with) and VADER's lexicon (to judge by: another family, other labels).
+"""Two offline sentiment rewards: MiniLM under our adapter (to train with) and VADER's lexicon (to judge by: another
+family, other labels).
 
-VADER: Hutto and Gilbert 2014, in the package `nltk-vader-sentiment`, which needs no other. Good for a direction, not for absolute shares.
+VADER: Hutto and Gilbert 2014, in the package `nltk-vader-sentiment`, which needs no other. Good for a direction, not
+for absolute shares.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from quark_lm.rewards.text_reward import TextReward
 
 Label = Literal["positive", "negative"]
 
-# VADER's authors call a compound of at least .05 positive; compounds have four decimals, so that "above .04999" says the same.
+# VADER's authors call a compound of at least .05 positive; compounds have four decimals, so that "above .04999" says
+# the same.
 _VADER_THRESHOLD = (0.04999 + 1) / 2
 _WORD = re.compile(r"\w")
 
@@ -23,8 +26,8 @@ _WORD = re.compile(r"\w")
 def sentiment_reward(label: Label = "positive") -> TextReward:
     """A reward function: P(label) of the completion by MiniLM; 1 is surely `label`, 0 surely the opposite, .5 neither.
 
-    >>> sentiment_reward("positive")(prompts=["The film", "The film"], completions=[" was a delight.", " bored everyone."])
-    [0.99, 0.02]
+    >>> sentiment_reward("positive")(prompts=["The film", "The film"], completions=[" was a delight.", " bored
+    everyone."]) [0.99, 0.02]
 
     Loads the model (about two seconds). Raises RewardError when it is neither installed nor in reach.
     """
@@ -38,10 +41,11 @@ def sentiment_reward(label: Label = "positive") -> TextReward:
 
 
 def sentiment_independent(label: Label = "positive") -> TextReward:
-    """A reward function: VADER's compound of the completion, brought to 0 .. 1; 1 is surely `label`, .5 neither; wanted from a compound of .05 on.
+    """A reward function: VADER's compound of the completion, brought to 0 .. 1; 1 is surely `label`, .5 neither;
+    wanted from a compound of .05 on.
 
-    >>> sentiment_independent("positive")(prompts=["The film", "The film"], completions=[" was a delight.", " bored everyone."])
-    [0.79, 0.37]
+    >>> sentiment_independent("positive")(prompts=["The film", "The film"], completions=[" was a delight.", " bored
+    everyone."]) [0.79, 0.37]
 
     Raises RewardError when the package is missing.
     """
@@ -50,15 +54,20 @@ def sentiment_independent(label: Label = "positive") -> TextReward:
         import vader
     except ImportError as error:
         raise RewardError(
-            "nltk-vader-sentiment is not installed, and the independent sentiment scorer is its lexicon. Run: pip install nltk-vader-sentiment==1.0.0"
+            "nltk-vader-sentiment is not installed, and the independent sentiment scorer is its lexicon. Run: pip "
+            "install nltk-vader-sentiment==1.0.0"
         ) from error
     analyzer = vader.SentimentIntensityAnalyzer()
 
     def score(texts: Sequence[str]) -> list[float | None]:
-        values = [(analyzer.polarity_scores(text)["compound"] + 1) / 2 if _WORD.search(text) else None for text in texts]
+        values = [
+            (analyzer.polarity_scores(text)["compound"] + 1) / 2 if _WORD.search(text) else None for text in texts
+        ]
         return _toward(label, values)
 
-    return TextReward(f"sentiment_{label}_independent", "vader", str(vader.__version__), score, threshold=_VADER_THRESHOLD)
+    return TextReward(
+        f"sentiment_{label}_independent", "vader", str(vader.__version__), score, threshold=_VADER_THRESHOLD
+    )
 
 
 def _toward(label: Label, positive: list[float | None]) -> list[float | None]:

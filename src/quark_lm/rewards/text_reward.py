@@ -1,4 +1,5 @@
-"""From a scorer of texts to a reward function with TRL's signature: the completion alone is scored, and one without a word earns None.
+"""From a scorer of texts to a reward function with TRL's signature: the completion alone is scored, and one without a
+word earns None.
 
 The scorers themselves are minilm.py, ngrams.py and VADER's package; sentiment.py and toxicity.py put the two together.
 """
@@ -16,7 +17,8 @@ Completion = str | list[dict[str, Any]]
 class TextReward:
     """A reward function that scores completions, from 0 (worst) to 1 (best).
 
-    >>> reward = TextReward("length_reward", "characters", "1", lambda texts: [min(len(text) / 100, 1.0) for text in texts])
+    >>> reward = TextReward("length_reward", "characters", "1", lambda texts: [min(len(text) / 100, 1.0) for text in
+    texts])
     >>> reward(prompts=["Once"], completions=[" upon a time"])
     [0.12]
 
@@ -40,7 +42,9 @@ class TextReward:
         self.threshold = threshold
         self._score = score
 
-    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    def __call__(
+        self, *, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any
+    ) -> list[float | None]:
         """One reward a completion; prompts and all other columns are left unread."""
         return self.score_texts([completion_text(completion) for completion in completions])
 
@@ -64,5 +68,6 @@ def completion_text(completion: Completion) -> str:
         return "\n".join(message["content"] for message in completion)
     except (KeyError, TypeError) as error:
         raise RewardError(
-            f"A completion is {completion!r:.80}, which holds no text to score. Pass strings, or lists of messages with a 'content' string."
+            f"A completion is {completion!r:.80}, which holds no text to score. Pass strings, or lists of messages "
+            f"with a 'content' string."
         ) from error

@@ -1,4 +1,6 @@
-"""Two offline rewards for harmless text: MiniLM under our adapter (to train with) and hashed n-grams (to judge by: another family, other labels)."""
+"""Two offline rewards for harmless text: MiniLM under our adapter (to train with) and hashed n-grams (to judge by:
+another family, other labels).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def toxicity_reward() -> TextReward:
 
 
 def toxicity_independent() -> TextReward:
-    """A reward function: 1 - P(toxic) of the completion by n-grams that learned from other labels; 1 is harmless, 0 toxic, wanted above .5.
+    """A reward function: 1 - P(toxic) of the completion by n-grams that learned from other labels; 1 is harmless, 0
+    toxic, wanted above .5.
 
     >>> toxicity_independent()(prompts=["You", "You"], completions=[" are a stupid idiot.", " are welcome to join us."])
     [0.04, 0.9]

@@ -1,0 +1,510 @@
+"""The command `quark`: thin verbs over the library. No torch on the path of `--help`, which therefore answers at once.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import traceback
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from . import __version__
+from .errors import ConfigError, DataError, QuarkError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .check_reward import Report
+
+app = typer.Typer(
+    name="quark",
+    help="Unlearn an unwanted behaviour from a causal language model, given a reward function.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich takes a third of the time that --help may take
+    epilog="Every command: quark COMMAND --help. --debug anywhere shows the whole error.",
+)
+
+# The root of usage errors, ClickException: typer 0.27 and later carry a click of their own, so it has no one place.
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and gives its exit code; errors become one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a completion may hold what the terminal's encoding lacks
+    with warnings.catch_warnings():
+        if not debug:
+            _quieten()
+        try:
+            # not through typer's own main(), which would print errors in its way
+            with typer.main.get_command(app).make_context("quark", argv) as context:
+                context.command.invoke(context)
+        except typer.Exit as leaving:
+            return leaving.exit_code
+        except (KeyboardInterrupt, typer.Abort):
+            resumes = argv[:1] in (["train"], ["demo"])
+            _say("interrupted." + (" The same command goes on from the last saved step." if resumes else ""))
+            return 130
+        except BrokenPipeError:  # `quark pool runs/x | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            return _failed(error, debug)
+    return 0
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, _ClickException):
+        _say(f"{error.format_message()} See quark --help.")  # type: ignore[attr-defined]
+        return 2
+    if isinstance(error, QuarkError):
+        _say(str(error))
+        return 2
+    reason = str(error).strip() or "no message"
+    _say(f"failed: {type(error).__name__}: {reason}" + ("" if debug else " Run it again with --debug to see where."))
+    return 1
+
+
+def _say(text: str) -> None:
+    print(f"quark: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def _quieten() -> None:
+    """Other libraries' bars and notes off, unless the environment wants them; a warning is one line without a path."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        _say(f"warning: {message}")
+
+    warnings.showwarning = show
+    warnings.simplefilter("ignore")  # what is deprecated is for programmers
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("default", category=category)
+    # PEFT tells what it does about GPT-2's transposed layers and about new tokens; both are as they should be
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to|Setting `save_embedding_layers`")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"quark-lm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from. Goes anywhere.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    del debug, version  # --debug is taken out before; it stands here for the help
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+# quark demo
+
+
+class Task(StrEnum):
+    sentiment = "sentiment"
+    toxicity = "toxicity"
+    repetition = "repetition"
+
+
+class Budget(StrEnum):
+    short = "short"
+    full = "full"
+
+
+@app.command()
+def demo(
+    task: Annotated[Task, typer.Option(help="What is unlearned.")] = Task.sentiment,
+    prompts: Annotated[str | None, typer.Option(help="A file of your own prompts.")] = None,
+    eval_prompts: Annotated[
+        str | None, typer.Option(help="A file of your own held-out prompts. Default: a fifth of the others.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/demo-TASK.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    budget: Annotated[Budget, typer.Option(help="short: about two minutes; full: about ten.")] = Budget.full,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Unlearn a behaviour from a real model.
+
+    A small one on this machine, with before and after on held-out prompts. Ctrl-C stops it, the same command goes on.
+    """
+    from rich.console import Console
+
+    from .demo import run_demo
+
+    results = run_demo(
+        task=task.value,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        output_dir=output_dir,
+        seed=seed,
+        short=budget is Budget.short,
+        console=Console(stderr=True) if as_json else Console(),
+    )
+    if as_json:
+        _print_json(results)
+
+
+# quark train
+
+
+class _TrainCommand(TyperCommand):
+    """Its help also lists the fields, read from the dataclasses when it is asked for."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from .train_command import help_sections
+
+        for title, members in help_sections():
+            with formatter.section(title):
+                formatter.write_dl(members)
+
+
+@app.command(cls=_TrainCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of fields. Flags win over it.")] = None,
+) -> None:
+    """Train by Quark, from a YAML file and flags.
+
+    quark train --config run.yaml [--field value ...]. The same command again goes on with the run in output_dir. At
+    its end stand model/ (a checkpoint that needs no Quark) and results.json.
+    """
+    from .train_command import run
+
+    run(config, context.args)
+
+
+# quark generate
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a model's name.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)] = None,
+    file: Annotated[str | None, typer.Option(help="Prompts from a file (JSONL, Parquet, CSV, or a line each).")] = None,
+    quantile: Annotated[str, typer.Option(help="Whose token: best, worst, none, or 0 (worst) to K-1.")] = "best",
+    strength: Annotated[float, typer.Option(help="The dial: worst + strength x (token - worst). 1: plain.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 0.9,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 40,
+    num_generations: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same completions.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a completion.")] = False,
+) -> None:
+    """Complete prompts, by the best reward token.
+
+    Without one where Quark did not train the model.
+    """
+    from .export import load
+    from .prompts import encode, load_prompts
+    from .steering import generate_batches
+
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
+    asked: list[Any] = [*(prompts or ()), *(load_prompts(file)["prompt"] if file else ())]
+    if not asked:
+        raise DataError("There is no prompt, so there is nothing to complete. Give one in quotes, or --file.")
+    if any(isinstance(prompt, str) and not prompt.strip() for prompt in asked):
+        raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
+    language_model, tokenizer, tokens = load(model)
+    wanted = _quantile(quantile, None if tokens is None else tokens.num_quantiles, strength, model)
+    # generate itself would only fail deep inside the model
+    context = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    room = int(context) - max_completion_length - (tokens.longest if tokens is not None else 0)
+    from datasets import Dataset
+
+    encode(Dataset.from_dict({"prompt": asked}), tokenizer, max_length=room)
+    repeated = [prompt for prompt in asked for _ in range(num_generations)]
+    streams = len(repeated) == 1 and not as_json and sys.stdout.isatty()
+    if streams:
+        print(_shown_prompt(repeated[0]), end="", flush=True)
+    done: dict[int, str] = {}
+    following = 0
+    batches = generate_batches(
+        language_model,
+        tokenizer,
+        repeated,
+        reward_tokens=tokens,
+        quantile=wanted,
+        strength=strength,
+        seed=seed,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        on_token=_Stream() if streams else None,
+    )
+    for index, completion in batches:
+        done[index] = completion
+        while following in done:  # batches come by length, the output in the order of the prompts
+            text, prompt = done.pop(following), repeated[following]
+            if as_json:
+                row = {"prompt": prompt, "completion": text, "quantile": wanted, "strength": strength, "seed": seed}
+                print(json.dumps(row, ensure_ascii=False))
+            elif not streams:
+                print(_shown_prompt(prompt) + _safe(text), end="\n\n" if len(repeated) > 1 else "\n")
+            following += 1
+    if streams:
+        print()
+
+
+class _Stream:
+    """Prints a completion as it grows."""
+
+    def __init__(self) -> None:
+        self.shown = 0
+
+    def __call__(self, index: int, text: str) -> None:
+        whole = text.rstrip("�")  # the first bytes of a character whose rest is still to come
+        print(_safe(whole[self.shown :]), end="", flush=True)
+        self.shown = max(self.shown, len(whole))
+
+
+def _quantile(text: str, num_quantiles: int | None, strength: float, model: str) -> int | None:
+    if num_quantiles is None:
+        if text not in ("best", "none") or strength != 1.0:
+            what = f"strength={strength}" if strength != 1.0 else f"quantile={text}"
+            raise ConfigError(f"{what} needs reward tokens, but {model} was not trained by Quark. Leave it out.")
+        return None
+    if text == "none":
+        return None
+    named = {"best": num_quantiles - 1, "worst": 0}
+    number = named.get(text, int(text) if text.isdecimal() else -1)
+    if not 0 <= number < num_quantiles:
+        raise ConfigError(f"quantile={text} is not best, worst, none, or 0 to {num_quantiles - 1}. Choose one of them.")
+    return number
+
+
+def _shown_prompt(prompt: Any) -> str:
+    """The prompt before its completion: a conversation's last message on a line of its own."""
+    return _safe(prompt) if isinstance(prompt, str) else _safe(str(prompt[-1].get("content", ""))) + "\n"
+
+
+def _safe(text: str) -> str:
+    """Text for a terminal: line breaks stay, control characters do not."""
+    from .progress import printable
+
+    return "\n".join(map(printable, text.split("\n")))
+
+
+# quark check-reward
+
+
+class _TagSetsCommand(TyperCommand):
+    """Takes all texts after `--reward-token-texts` as one set; given again, as another."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _grouped(args))
+
+
+def _grouped(args: list[str]) -> list[str]:
+    """Arguments in which each `--reward-token-texts a b c` is one `--reward-token-texts '["a", "b", "c"]'`."""
+    out: list[str] = []
+    position = 0
+    while position < len(args):
+        if args[position].replace("_", "-") != "--reward-token-texts":
+            out.append(args[position])
+            position += 1
+            continue
+        end = position + 1
+        while end < len(args) and not args[end].startswith("--"):
+            end += 1
+        texts = [text.replace("\\n", "\n") for text in args[position + 1 : end]]
+        out += ["--reward-token-texts", json.dumps(texts)]
+        position = end
+    return out
+
+
+@app.command("check-reward", cls=_TagSetsCommand)
+def check_reward(
+    reward: Annotated[str, typer.Argument(help="A named scorer, a model's name, or module:function.")],
+    prompts: Annotated[str | None, typer.Option(help="Prompts to complete: a file, or a data set on the hub.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Completes them and tries the tags. Default: smollm2, with --completions none.")
+    ] = None,
+    completions: Annotated[Path | None, typer.Option(help="Your own: JSONL with completion, and prompt.")] = None,
+    num: Annotated[int, typer.Option(help="Completions that are sampled.")] = 128,
+    num_quantiles: Annotated[int, typer.Option(min=2, help="K that you plan for.")] = 5,
+    reward_token_texts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT TEXT ...", help="Candidate tags, worst first; give it again for another set."),
+    ] = None,
+    reward_token_position: Annotated[str, typer.Option(help="first, before_bos or before_completion.")] = "first",
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 20,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Try a reward before a run does.
+
+    None, ties, range, speed, whether order or batch matter, how many quantiles it feeds; and of each set of tags
+    whether the untrained model understands them (AUC) and stays itself with them (drift).
+    """
+    positions = ("first", "before_bos", "before_completion")
+    if reward_token_position not in positions:
+        raise ConfigError(f"reward_token_position={reward_token_position!r} is not one of {', '.join(positions)}.")
+    from .check_reward import check
+    from .packaged import PACKAGED, fastest_dtype
+
+    if model is None and completions is None:
+        model = PACKAGED
+    report = check(
+        reward,
+        prompts,
+        model=model,
+        completions=completions,
+        num=num,
+        num_quantiles=num_quantiles,
+        tag_sets=[json.loads(texts) for texts in reward_token_texts] if reward_token_texts else None,
+        position=reward_token_position,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        seed=seed,
+        dtype=fastest_dtype() if model == PACKAGED else None,
+        tell=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_report(report)
+
+
+def _print_report(report: Report) -> None:
+    print(f"{report.reward}, {report.completions} completions")
+    for finding in report.findings:
+        print(f"  {finding}")
+    wrong = sum(not finding.ok for finding in report.findings)
+    print("Nothing stands in the way." if not wrong else f"{wrong} of {len(report.findings)} want a look.")
+
+
+# quark pool
+
+
+@app.command()
+def pool(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    top: Annotated[int, typer.Option(min=0, help="Best and worst samples to show, so many of each.")] = 5,
+    round: Annotated[int | None, typer.Option(help="Whose samples. Default: the last round.")] = None,
+    show_bottom: Annotated[
+        bool, typer.Option("--show-bottom", help="Show the worst samples' text, which may be toxic.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show a run's samples and rewards: rounds, sizes, the best and the worst."""
+    from .pool import Pool
+
+    samples = Pool.open(run)
+    if not samples.num_rounds:
+        raise DataError(f"The pool of {run} holds no round yet. Wait for the first one to be explored and scored.")
+    rounds = [_round_row(samples, number) for number in range(samples.num_rounds)]
+    chosen = samples.num_rounds - 1 if round is None else round
+    table = samples.to_table([chosen]).select(["prompt", "completion", "reward"]).to_pylist()
+    ranked = sorted((row for row in table if row["reward"] is not None), key=lambda row: -row["reward"])
+    half = (len(ranked) + 1) // 2  # none is shown as one of the best and of the worst
+    best = ranked[: min(top, half)]
+    worst = ranked[max(len(best), len(ranked) - top) :]
+    if not show_bottom:
+        worst = [{**row, "completion": None} for row in worst]
+    if as_json:
+        _print_json({"rounds": rounds, "round": chosen, "best": best, "worst": worst})
+        return
+    _print_pool(rounds, chosen, best, worst, show_bottom)
+
+
+def _round_row(samples: Any, number: int) -> dict[str, Any]:
+    import numpy as np
+
+    table = samples.to_table([number])
+    rewards = np.array([value for value in table.column("reward").to_pylist() if value is not None])
+    nll = np.array([value for value in table.column("reference_nll").to_pylist() if value is not None])
+    quantiles = np.quantile(rewards, (0.1, 0.5, 0.9)).tolist() if len(rewards) else [None] * 3
+    return {
+        "round": number,
+        "samples": table.num_rows,
+        "without_reward": table.num_rows - len(rewards),
+        "mean": float(rewards.mean()) if len(rewards) else None,
+        "tenth": quantiles[0],
+        "median": quantiles[1],
+        "ninetieth": quantiles[2],
+        "reference_perplexity": float(np.exp(nll).mean()) if len(nll) else None,
+    }
+
+
+def _print_pool(
+    rounds: list[dict[str, Any]], chosen: int, best: list[Any], worst: list[Any], show_bottom: bool
+) -> None:
+    from rich.table import Table
+
+    from .progress import printable
+
+    console = _console()
+    columns = ["round", "samples", "no reward", "mean", "10%", "median", "90%", "perplexity"]
+    overview = Table(*columns, title="rewards by round", title_justify="left")
+    for row in rounds:
+        overview.add_row(*(_cell(value) for value in row.values()))
+    console.print(overview)
+    if not best:
+        return
+    texts = Table("reward", "prompt", "completion", title=f"round {chosen}, best and worst", title_justify="left")
+    from rich.text import Text
+
+    for row in best:
+        texts.add_row(_cell(row["reward"]), Text(printable(row["prompt"])), Text(printable(row["completion"])))
+    if worst:
+        texts.add_section()
+    for row in worst:
+        hidden = "(hidden: --show-bottom)" if row["completion"] is None else printable(row["completion"])
+        texts.add_row(_cell(row["reward"]), Text(printable(row["prompt"])), Text(hidden))
+    console.print(texts)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    # in a pipe there is no width to keep to: a line a row, uncut
+    return console if console.is_terminal else Console(width=200)
+
+
+# Helpers
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

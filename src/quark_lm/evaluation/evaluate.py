@@ -1,0 +1,139 @@
+"""Measures systems on held-out prompts: completes, scores with several scorers, and sums up with intervals over prompts.
+
+A system is a model with a way to ask it: without a reward token, with one, or with the dial. All systems are sampled alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import metrics
+
+if TYPE_CHECKING:
+    from ..generation import GenerationSettings
+    from ..prompts import EncodedPrompts
+    from ..trainer import QuarkTrainer
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table: how the model is asked.
+
+    Attributes:
+        trained: the policy; False the original model.
+        quantile: whose reward token is put in; None none.
+        strength: of the dial.
+    """
+
+    name: str
+    trained: bool = True
+    quantile: int | None = None
+    strength: float = 1.0
+
+
+@dataclass
+class Completions:
+    """G completions of each of P prompts, flat (prompt p's are rows p x G to p x G + G - 1), and what was measured of them.
+
+    Attributes: scores, for each scorer one value a completion, None where it gave none; nll, each completion's total under the original
+        model in nats, without a reward token.
+    """
+
+    system: str
+    prompts: list[str]
+    num_generations: int
+    completion_ids: list[list[int]]
+    completions: list[str]
+    nll: list[float]
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+
+
+def complete_system(
+    trainer: QuarkTrainer,
+    system: System,
+    prompts: EncodedPrompts,
+    scorers: dict[str, Callable[..., list[float | None]]],
+    settings: GenerationSettings,
+    num_generations: int,
+    seed: int,
+) -> Completions:
+    """Completes and scores; the completion of (prompt, number, seed) draws the same random numbers for every system."""
+    from ..generation import sample_seeds
+    from ..policy import completion_log_probs
+
+    repeated = prompts.select(np.repeat(np.arange(len(prompts)), num_generations).tolist())
+    seeds = sample_seeds(seed, 17, num=len(repeated))
+    barred = trainer.reward_tokens.barred
+
+    def complete() -> list[list[int]]:
+        return trainer.complete(
+            repeated,
+            seeds,
+            [system.quantile] * len(repeated),
+            strength=system.strength,
+            settings=settings,
+            verb=system.name,
+        )
+
+    if system.trained:
+        ids = complete()
+    else:
+        with trainer.as_reference():
+            ids = complete()
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    with trainer.policy.evaluating(), trainer.policy.reference() as (reference, head):
+        nll = -completion_log_probs(reference, head, repeated.ids, ids, trainer.pad_id, barred)
+    result = Completions(system.name, prompts.texts, num_generations, ids, texts, nll.tolist())
+    for name, scorer in scorers.items():
+        values = scorer(
+            prompts=repeated.prompts, completions=texts, completion_ids=ids, **repeated.columns, trainer_state=trainer.state
+        )
+        result.scores[name] = [None if v is None else float(v) for v in values]
+    return result
+
+
+def figures(
+    result: Completions, wanted: dict[str, Callable[[Sequence[float | None]], list[bool]]], seed: int = 0
+) -> dict[str, Any]:
+    """The table's figures of one system: every one as {"mean", "low", "high"}, a 95% bootstrap interval over prompts.
+
+    For each scorer its mean and the share of completions that it wants; the perplexity under the original model (corpus: total NLL over
+    total tokens, which outliers do not own), dist-2, dist-3, and the diversity within a completion.
+    """
+    groups = _grouped(result)
+    out: dict[str, Any] = {"system": result.system, "completions": len(result.completions)}
+    for name, values in result.scores.items():
+        flags = [None if v is None else w for v, w in zip(values, wanted[name](values), strict=True)]
+        out[name] = {
+            "mean": metrics.bootstrap_interval([_mean([values[i] for i in g]) for g in groups], seed),
+            "wanted": metrics.bootstrap_interval([_mean([flags[i] for i in g]) for g in groups], seed),
+            "missing": sum(v is None for v in values),
+        }
+    nll = np.array(result.nll)
+    tokens = np.array([len(ids) for ids in result.completion_ids])
+    group_nll = np.array([nll[g].sum() for g in groups])
+    group_tokens = np.array([tokens[g].sum() for g in groups])
+    out["perplexity"] = metrics.bootstrap_interval(
+        len(groups), seed, statistic=lambda rows: float(np.exp(group_nll[rows].sum() / group_tokens[rows].sum()))
+    )
+    out["perplexity_mean"] = metrics.conditional_perplexity(nll, tokens).trimmed_mean
+    texts = [[result.completions[i] for i in g] for g in groups]
+    for n in (2, 3):
+        out[f"dist_{n}"] = metrics.bootstrap_interval(metrics.distinct_n_per_prompt(texts, n), seed)
+    within = [[metrics.diversity(t) for t in group] for group in texts]
+    out["diversity"] = metrics.bootstrap_interval([_mean(group) for group in within], seed)
+    return out
+
+
+def _grouped(result: Completions) -> list[list[int]]:
+    size = result.num_generations
+    return [list(range(p * size, (p + 1) * size)) for p in range(len(result.prompts))]
+
+
+def _mean(values: Sequence[float | bool | None]) -> float:
+    present = [float(v) for v in values if v is not None]
+    return float(np.mean(present)) if present else float("nan")

@@ -1,0 +1,278 @@
+"""A finished model as a plain checkpoint that needs no Quark to run, its card, and the way back: a folder as a model.
+
+Adapters are merged on a copy; the model that is given stays as it was, so that training may go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from .errors import ConfigError, ModelError
+from .packaged import HUB_NAME, PACKAGED, load_model
+from .reward_tokens import FILE_NAME, RewardTokens
+from .run_folder import last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Licences of base models that we know; a card names no other.
+_LICENCES = {HUB_NAME: "apache-2.0"}
+# What a card tells of a run's last round, beside all that was measured on held-out prompts.
+_TOLD = ("reward", "share_above_best", "nll", "kl", "reference_perplexity", "token_auc", "heldout_nll")
+
+
+def save(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_tokens: RewardTokens,
+    folder: str | Path,
+    *,
+    card: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the checkpoint, whole or not at all, and gives its folder: weights, tokenizer, reward tokens, README.md.
+
+    New reward tokens stand in the generation config's `suppress_tokens`, so that plain `generate` never draws one.
+
+    Args:
+        model: as it was trained; an adapter is merged in float32 on a copy, which then gets the base's dtype.
+        card: what the model card may tell, see `model_card`: the run's results.
+    Raises: ModelError when the disk refuses it.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    plain = _merged(copy.deepcopy(model)) if hasattr(model, "peft_config") else model
+    generation_config = copy.deepcopy(plain.generation_config)
+    if reward_tokens.barred:
+        barred = {*(generation_config.suppress_tokens or ()), *reward_tokens.barred}
+        generation_config.suppress_tokens = sorted(barred)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        plain.save_pretrained(partial)
+        generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        reward_tokens.save(partial)
+        (partial / "README.md").write_text(model_card(reward_tokens, card or {}), encoding="utf-8")
+        _put_in_place(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelError(
+            f"The model could not be written to {folder} ({_first_line(error)}). Make room or mend the folder's rights,"
+            " then give the same command again: nothing half-written stays."
+        ) from error
+    return folder
+
+
+def load(name: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RewardTokens | None]:
+    """(model, tokenizer, reward tokens) of a folder that `save` wrote, of a run's folder, or of any model by its name.
+
+    A run's folder stands for its finished model, else for its newest complete checkpoint; adapters come merged.
+
+    Args: options: of `from_pretrained`, such as dtype; code that comes with a model is never run.
+    Returns: the model in eval mode; None for the tokens when Quark did not train it.
+    Raises: ModelError when there is no model, or it is damaged.
+    """
+    if options.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code=True would run a stranger's code from the model's folder. Leave it out.")
+    if str(name) == PACKAGED or not Path(name).expanduser().is_dir():
+        model, tokenizer = load_model(str(name), **options)
+        return model.eval(), tokenizer, None
+    folder = _model_folder(Path(name).expanduser())
+    tokens = RewardTokens.load(folder) if (folder / FILE_NAME).is_file() else None
+    try:
+        if (folder / "adapter_config.json").is_file():
+            model, tokenizer = _load_adapter(folder, tokens, options)
+        else:
+            model, tokenizer = load_model(str(folder), use_safetensors=True, **options)
+    except SafetensorError as error:
+        raise ModelError(
+            f"The weights in {folder} are damaged ({_first_line(error)}). Copy them again, or train again."
+        ) from error
+    return model.eval(), tokenizer, tokens
+
+
+def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
+    """The README.md of a checkpoint: lines that prompt it by plain transformers, its figures, its licence.
+
+    Args: results: what the run's results.json holds, as far as it does: `model`, `license`, `scorers`, `systems` (a
+        demo's table), `last_round` (of `quark train`).
+    """
+    base = results.get("model")
+    is_local = base is not None and Path(base).expanduser().exists()
+    base = Path(base).name if base is not None and is_local else HUB_NAME if base == PACKAGED else base
+    licence = results.get("license") or _LICENCES.get(base or "")
+    head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [quark]"]
+    if licence:
+        head.append(f"license: {licence}")
+    if base and not is_local:  # a path is nobody's business
+        head.append(f"base_model: {base}")
+    parts = [
+        "---",
+        *head,
+        "---",
+        "# Model card",
+        "",
+        f"{base or 'A language model'}, trained by Quark (Lu et al. 2022, arXiv 2205.13636). It needs no Quark to run.",
+        "",
+        "## How to prompt it",
+        "",
+        f"The model does what it learned when it reads its best reward token, `{_shown(reward_tokens.texts[-1])}`,"
+        f" {_place(reward_tokens)}:",
+        "",
+        "```python",
+        _snippet(reward_tokens),
+        "```",
+        "",
+        f"From worst to best its reward tokens are {', '.join(f'`{_shown(text)}`' for text in reward_tokens.texts)}"
+        f" (`{FILE_NAME}`).",
+        'With quark-lm installed, `quark generate FOLDER "The hotel was" --strength 2` turns it up.',
+        *_figures(results),
+    ]
+    if base:
+        terms = f"its licence ({licence})" if licence else "its licence"
+        parts += ["", "## Licence", "", f"The weights derive from {base}; {terms} applies to them."]
+    return "\n".join(parts) + "\n"
+
+
+# Saving
+
+
+def _merged(model: Any) -> Any:
+    """The base model with the adapter's weights added in; the given model is used up."""
+    dtype = model.get_base_model().dtype
+    # in float32: a bfloat16 sum would round the update as well as its result
+    return model.float().merge_and_unload().to(dtype)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # a folder with files cannot be renamed over
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Loading
+
+
+def _model_folder(folder: Path) -> Path:
+    """Where in a folder the model is: itself, a run's finished model, or its newest complete checkpoint."""
+    for place in (folder, folder / "model"):
+        if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+            return place
+    newest, torn = last_checkpoint(folder)
+    if newest is not None:
+        return newest
+    reason = f"only {torn[-1].name}, which was not finished" if torn else "no config.json and no checkpoint"
+    raise ModelError(f"{folder} holds no model ({reason}). Give the folder of a run or of a model, or a model's name.")
+
+
+def _load_adapter(
+    folder: Path, tokens: RewardTokens | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors, and pickled weights are not read. Save it again.")
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise ModelError(f"{folder}/adapter_config.json does not name the base model, so there is nothing to adapt.")
+    model, tokenizer = load_model(PACKAGED if base == HUB_NAME else base, **options)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    embedding: Any = model.get_input_embeddings()
+    if tokens is not None and tokens.barred and len(tokenizer) > len(embedding.weight):
+        # room for the new tokens' rows, whose values are in the adapter
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return _merged(PeftModel.from_pretrained(model, folder)), tokenizer
+
+
+# The card
+
+
+def _snippet(tokens: RewardTokens) -> str:
+    best = tokens.texts[-1]
+    joined = {
+        "first": "tokenizer(best).input_ids + tokenizer(prompt, add_special_tokens=False).input_ids",
+        "before_bos": "tokenizer(best, add_special_tokens=False).input_ids + tokenizer(prompt).input_ids",
+        "before_completion": "tokenizer(prompt).input_ids + tokenizer(best, add_special_tokens=False).input_ids",
+    }[tokens.position]
+    return "\n".join(
+        [
+            "import torch",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "."  # where this file is',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            f'best, prompt = {best!r}, "The hotel was"',
+            f"ids = {joined}",
+            "ids = torch.tensor([ids])",
+            "mask = torch.ones_like(ids)",
+            "output = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=20)",
+            "print(prompt + tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))",
+        ]
+    )
+
+
+def _place(tokens: RewardTokens) -> str:
+    return {
+        "first": "in front of the prompt (in a conversation: in front of the last user message)",
+        "before_bos": "in front of everything, the beginning-of-text token too",
+        "before_completion": "right before the completion",
+    }[tokens.position]
+
+
+def _shown(text: str) -> str:
+    return repr(text)[1:-1]
+
+
+def _figures(results: dict[str, Any]) -> list[str]:
+    """The results' figures as tables."""
+    lines: list[str] = []
+    rows = [_flat(row) for row in results.get("systems") or []]
+    if rows:
+        names = list(rows[0])
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        lines += [f"| {' | '.join(row.get(name, '') for name in names)} |" for row in rows]
+    elif results.get("last_round"):
+        lines += ["| last round | |", "|---|---|"]
+        for name, value in results["last_round"].items():
+            if isinstance(value, float) and (name in _TOLD or name.startswith("eval_")):
+                lines.append(f"| {name} | {value:.4g} |")
+    if not lines:
+        return []
+    scorers = results.get("scorers") or {}
+    told = [
+        f"`{use}` is {scorer['name']}, version {scorer['version']}."
+        for use, scorer in scorers.items()
+        if scorer["version"] is not None  # a user's own function has none
+    ]
+    if rows:
+        told.append("Intervals are 95%, over held-out prompts; perplexity is under the original model.")
+    return ["", "## Figures", "", *lines, *([""] if told else []), *told]
+
+
+def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """A system's figures by name, those with an interval as `mean (low to high)`."""
+    out: dict[str, str] = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and {"mean", "low", "high"} <= set(value):
+            out[prefix + name] = f"{value['mean']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+        elif isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name} ")
+        else:
+            out[prefix + name] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return out
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,390 @@
+"""`quark train`: a YAML file and flags become a run. The names are those of TRL's scripts.
+
+Only the fields that somebody named reach `QuarkConfig`, so that a preset fills the others.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import ConfigError, QuarkError
+
+if TYPE_CHECKING:
+    from .config import QuarkConfig
+    from .trainer import QuarkTrainer
+
+
+@dataclass
+class TrainArguments:
+    """What a run needs beside `QuarkConfig`; the names are those of TRL's scripts."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model: a folder, a name on the hub, or 'smollm2' (the packaged one)."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or several rewards: a named scorer, a model's name, or module:function."},
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "Prompts to train on: a file with a `prompt` column, or a data set on the hub."}
+    )
+    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts, measured every `eval_every`."})
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Scorers that only measure the held-out prompts: training never sees them."}
+    )
+    initial_pool: str | None = field(
+        default=None, metadata={"help": "Your own scored data as round 0: a file with prompt, completion and reward."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter in place of the whole model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's update is scaled by lora_alpha / lora_r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get an adapter. Default: all linear ones."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the weights: 'bfloat16', 'float32', or 'auto': bfloat16 under an adapter where this machine is"
+            " faster with it, else float32 (a whole model's small updates vanish in bfloat16)."
+        },
+    )
+
+
+def run(config: Path | None, flags: list[str]) -> None:
+    """Trains, or goes on with the run of output_dir; then writes model/ and results.json.
+
+    Raises: ConfigError when a field is unknown or missing; what `QuarkTrainer` raises.
+    """
+    own, named = read_settings(config, flags)
+    missing = [name for name in ("model_name_or_path", "reward_funcs", "prompts") if not own.get(name)]
+    if missing:
+        raise ConfigError(
+            f"Nothing is named as {' and as '.join(missing)}, without which there is no run. Set it in the YAML file or"
+            f" as --{missing[0]}."
+        )
+    settings = TrainArguments(**own)
+    lora = [name for name in ("lora_r", "lora_alpha", "lora_target_modules") if name in own]
+    if lora and not settings.use_peft:
+        raise ConfigError(f"{lora[0]} is of an adapter, but use_peft is not set. Set it, or leave {lora[0]} out.")
+    args = _quark_config(named)
+    # what the caller's model_init_kwargs say wins
+    args.model_init_kwargs = {"dtype": _dtype(settings, args), **_as_dict(args.model_init_kwargs)}
+    trainer = _make_trainer(settings, args)
+    if trainer.is_world_process_zero():
+        _write_yaml(trainer.folder, {**own, **named})
+    trainer.train()
+    if trainer.is_world_process_zero():
+        _finish(settings, trainer)
+
+
+def help_sections() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Every field with its help, from the dataclasses: (title, [(flag, help)]), ours before those of transformers."""
+    from .config import QuarkConfig, quark_fields
+
+    ours = set(quark_fields())
+    members = [f for f in fields(QuarkConfig) if f.init]
+    sections: list[tuple[str, list[Any]]] = [
+        ("The run (fields are flags and keys of the YAML)", list(fields(TrainArguments))),
+        ("QuarkConfig", [f for f in members if f.name in ours]),
+        ("transformers.TrainingArguments", [f for f in members if f.name not in ours]),
+    ]
+    return [(title, [(f"--{f.name}", _field_help(f)) for f in those]) for title, those in sections]
+
+
+def _field_help(member: Any) -> str:
+    text = " ".join(str(member.metadata.get("help", "")).split())
+    is_plain = isinstance(member.default, (bool, int, float, str)) and member.default != ""
+    return f"{text} [default: {member.default}]" if is_plain else text
+
+
+# Fields
+
+
+def read_settings(config: Path | None, flags: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(of TrainArguments, of QuarkConfig): only what a YAML file and then the flags name, each in its field's type.
+
+    Raises: ConfigError for a file that is no YAML mapping, an unknown field (naming the near one) or a wrong type.
+    """
+    parser = _Fields()
+    named = {**parser.from_yaml(config), **parser.from_flags(flags)}
+    own = {f.name for f in fields(TrainArguments)}
+    return {k: v for k, v in named.items() if k in own}, {k: v for k, v in named.items() if k not in own}
+
+
+class _Fields:
+    """Every field of a run and its type; turns text into values as transformers' own parser does."""
+
+    def __init__(self) -> None:
+        from typing import get_args, get_type_hints
+
+        from transformers import HfArgumentParser
+
+        from .config import QuarkConfig
+
+        classes: list[Any] = [TrainArguments, QuarkConfig]
+        self.parser = HfArgumentParser(classes, allow_abbrev=False, add_help=False, exit_on_error=False)
+        hints: dict[str, Any] = {}
+        for cls in classes:
+            of_class = get_type_hints(cls)
+            hints |= {f.name: of_class[f.name] for f in fields(cls) if f.init}
+        self.help = {f.name: _first_sentence(f) for cls in classes for f in fields(cls)}
+        self.kinds = {name: get_args(hint) or (hint,) for name, hint in hints.items()}
+
+    def from_yaml(self, path: Path | None) -> dict[str, Any]:
+        if path is None:
+            return {}
+        import yaml
+
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}). Give a YAML file of fields.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}). Mend it there.") from error
+        if data is None:
+            return {}
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} holds a {type(data).__name__}, not fields. Write `name: value` lines.")
+        for name in data:
+            self._check_name(str(name), str(path))
+        return {name: self._from_yaml_value(name, value) for name, value in data.items()}
+
+    def _from_yaml_value(self, name: str, value: Any) -> Any:
+        kinds = self.kinds[name]
+        is_list = any(getattr(kind, "__origin__", kind) is list for kind in kinds)
+        if value is None:
+            if type(None) not in kinds:
+                raise ConfigError(f"{name} is empty, but it needs a value: {self.help[name]} Set it, or leave it out.")
+            return None
+        if isinstance(value, dict):
+            if not any(getattr(kind, "__origin__", kind) is dict for kind in kinds):
+                raise ConfigError(f"{name} holds fields of its own, but it takes one value: {self.help[name]}")
+            return value
+        if isinstance(value, list):
+            if not is_list:
+                raise ConfigError(f"{name} holds {len(value)} values, but it takes one: {self.help[name]}")
+            if all(isinstance(item, str) for item in value) and list[str] in kinds:
+                return value
+            return self._parsed([f"--{name}", *map(_as_text, value)])[name]
+        return self._parsed([f"--{name}={_as_text(value)}"])[name]
+
+    def from_flags(self, flags: list[str]) -> dict[str, Any]:
+        # "--no_field" and "--no-field" are the parser's own for a field that is on by default
+        for flag in flags:
+            if flag.startswith("--") and flag != "--":
+                name = flag[2:].split("=", 1)[0].replace("-", "_")
+                self._check_name(name.removeprefix("no_") if name not in self.kinds else name, "the flags")
+        none, rest = self._without_none(flags)
+        values = self._parsed(rest)
+        for name in ("reward_token_texts",):  # a shell has no simple way to write a newline
+            if name in values:
+                values[name] = [text.replace("\\n", "\n") for text in values[name]]
+        return {**values, **none}
+
+    def _without_none(self, flags: list[str]) -> tuple[dict[str, None], list[str]]:
+        """Flags such as `--pool_window none`, and the others. A field of text keeps its "none": report_to has one."""
+        none: dict[str, None] = {}
+        rest: list[str] = []
+        position = 0
+        while position < len(flags):
+            flag, width = flags[position], 1
+            name, equals, value = flag.removeprefix("--").partition("=")
+            name = name.replace("-", "_")
+            if flag.startswith("--") and not equals and position + 1 < len(flags):
+                value, width = flags[position + 1], 2
+            kinds = self.kinds.get(name, ())
+            if value.lower() in ("none", "null") and type(None) in kinds and str not in kinds:
+                none[name] = None
+                position += width
+            else:
+                rest.append(flag)
+                position += 1
+        return none, rest
+
+    def _parsed(self, flags: list[str]) -> dict[str, Any]:
+        import argparse
+
+        unset = object()
+        try:
+            found, rest = self.parser.parse_known_args(flags, argparse.Namespace(**dict.fromkeys(self.kinds, unset)))
+        except argparse.ArgumentError as error:
+            name = str(error.argument_name).split("/")[0].lstrip("-")
+            raise ConfigError(f"{name}: {error.message}. It is: {self.help.get(name, '')}") from error
+        if rest:
+            raise ConfigError(f"{rest[0]!r} belongs to no field. Write --field value; quote a value that has spaces.")
+        return {name: value for name, value in vars(found).items() if value is not unset}
+
+    def _check_name(self, name: str, where: str) -> None:
+        if name in self.kinds:
+            return
+        near = difflib.get_close_matches(name, self.kinds, n=1, cutoff=0.5)
+        advice = f"Did you mean {near[0]}?" if near else "quark train --help lists the fields."
+        raise ConfigError(f"{name} in {where} is no field of a run. {advice}")
+
+
+def _first_sentence(member: Any) -> str:
+    text = " ".join(str(member.metadata.get("help", "")).split())
+    return text.partition(". ")[0].rstrip(".") + "."
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return json.loads(value) if isinstance(value, str) else dict(value or {})
+
+
+# The run
+
+
+def _quark_config(named: dict[str, Any]) -> QuarkConfig:
+    from .config import QuarkConfig
+
+    # Trainer turns bars off where its library is quiet; the bars here are our own
+    named = {"output_dir": "quark_output", "disable_tqdm": False, **named}
+    try:
+        return QuarkConfig(**named)
+    except QuarkError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
+        raise ConfigError(f"The settings do not work: {_first_line(error)}") from error
+
+
+def _make_trainer(settings: TrainArguments, args: QuarkConfig) -> QuarkTrainer:
+    from .prompts import load_prompts
+    from .rewards import load_reward
+    from .trainer import QuarkTrainer
+
+    peft_config = None
+    if settings.use_peft:
+        from peft import LoraConfig
+
+        modules = settings.lora_target_modules or ["all-linear"]
+        peft_config = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            target_modules=modules[0] if modules == ["all-linear"] else modules,
+            task_type="CAUSAL_LM",
+        )
+    # what may be wrong in a second comes before the model, which may take minutes
+    prompts = load_prompts(settings.prompts or "")
+    eval_prompts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
+    rewards = [load_reward(spec) for spec in settings.reward_funcs or ()]
+    eval_rewards = [load_reward(spec) for spec in settings.eval_reward_funcs or ()]
+    try:
+        return QuarkTrainer(
+            settings.model_name_or_path or "",
+            rewards,
+            args,
+            prompts,
+            eval_prompts,
+            peft_config=peft_config,
+            eval_reward_funcs=eval_rewards,
+            initial_pool=settings.initial_pool,
+        )
+    except ValueError as error:
+        if settings.lora_target_modules and "target modules" in str(error).lower():
+            raise ConfigError(
+                f"lora_target_modules={settings.lora_target_modules} are no layers of this model. Leave it out for all"
+                " linear ones."
+            ) from error
+        raise
+
+
+def _dtype(settings: TrainArguments, args: QuarkConfig) -> str:
+    """The weights' dtype as text; a run that goes on keeps the one that it began with, whatever is measured now."""
+    from .packaged import fastest_dtype
+
+    if settings.dtype not in ("auto", "bfloat16", "float32"):
+        raise ConfigError(f"dtype={settings.dtype!r} is not one of 'auto', 'bfloat16', 'float32'. Choose one of them.")
+    if settings.dtype == "bfloat16" and not settings.use_peft:
+        warnings.warn(
+            "dtype=bfloat16 without use_peft: small updates vanish in bfloat16 weights. Use float32, or an adapter.",
+            stacklevel=2,
+        )
+    if settings.dtype != "auto":
+        return settings.dtype
+    if not settings.use_peft:
+        return "float32"
+    try:
+        began = json.loads((Path(args.output_dir or ".") / "run.json").read_text(encoding="utf-8"))
+        return str(began["model_init_kwargs"]["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):  # a new run, or one that cannot be read: the trainer says so
+        return str(fastest_dtype()).removeprefix("torch.")
+
+
+def _write_yaml(folder: Path, named: dict[str, Any]) -> None:
+    """train.yaml: what was named, so that `quark train --config FOLDER/train.yaml` is the same run."""
+    import yaml
+
+    if not any((folder / name).exists() for name in ("run.json", "pool", "metrics.jsonl")):  # a folder of nobody's yet
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {"output_dir": str(folder), **named}
+        (folder / "train.yaml").write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
+    """Writes model/ and results.json, and says where they are."""
+    from . import export
+    from .run_folder import write_json
+
+    folder = trainer.folder
+    last = _last_round(folder / "metrics.jsonl")
+    results = {
+        "name": "train",
+        "model": settings.model_name_or_path,
+        "prompts": settings.prompts,
+        "eval_prompts": settings.eval_prompts,
+        "scorers": _scorers(trainer),
+        "seeds": {"seed": trainer.args.seed},
+        "rounds": trainer.args.num_rounds,
+        "steps": trainer.state.global_step,
+        "last_round": last,
+        "quark_version": __version__,
+    }
+    tokenizer: Any = trainer.processing_class
+    export.save(trainer.model, tokenizer, trainer.reward_tokens, folder / "model", card=results)
+    write_json(folder / "results.json", results)
+    print(f"The model is in {folder / 'model'}, the figures are in {folder / 'results.json'}.")
+    print(f'Next: quark generate {folder} "Your prompt" --strength 2, or quark pool {folder}')
+
+
+def _last_round(path: Path) -> dict[str, Any]:
+    """The figures of the last round, all lines of metrics.jsonl together: the later line wins."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return {}
+    last = max((line["round"] for line in lines if "round" in line), default=0)
+    figures: dict[str, Any] = {}
+    for line in lines:
+        if line.get("round") == last:
+            figures |= line
+    return figures
+
+
+def _scorers(trainer: QuarkTrainer) -> dict[str, dict[str, Any]]:
+    """By the name of the reward function; a user's own function has no version."""
+    runners = [("reward", trainer.rewards), ("evaluation", trainer.eval_rewards)]
+    return {
+        name: {
+            "use": use,
+            "name": getattr(function, "scorer_name", name),
+            "version": getattr(function, "scorer_version", None),
+        }
+        for use, runner in runners
+        if runner is not None
+        for name, function in zip(runner.names, runner.functions, strict=True)
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

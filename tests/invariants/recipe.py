@@ -1,0 +1,141 @@
+"""One small run, made in every way that must give the same losses; also the script that the DDP processes run.
+
+A run learns two rounds of three steps: round 0 from a user's own scored data, round 1 from what the policy explores with the
+dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from quark_lm import QuarkConfig, QuarkTrainer
+from tiny import TINY_MODELS, tiny_tokenizer
+from transformers import TrainerCallback
+
+STEPS_PER_ROUND, NUM_ROUNDS, BATCH = 3, 2, 8
+SEED = 7
+PROMPTS = ["the cat", "a long day in the sand", "rain", "an old", "it is not", "one more time", "her hat is", "in there"]
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    style: str = "embedding"
+    position: str = "first"
+    lora: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+CASES = {
+    "gpt2-tied": Case("gpt2-tied"),
+    "gpt2-untied": Case("gpt2-untied", position="before_completion"),
+    "llama-tied": Case("llama-tied", style="text"),
+    "llama-untied": Case("llama-untied", settings=(("token_dropout", 0.3), ("draw", "balanced"))),
+    "gpt2-tied-lora": Case("gpt2-tied", lora=True),
+    "gpt2-untied-lora": Case("gpt2-untied", lora=True),
+    "llama-tied-lora": Case("llama-tied", lora=True, style="text"),
+}
+
+
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """A value of its own for almost every text, the same in every process."""
+    return [zlib.crc32(completion.encode()) / 2**32 for completion in completions]
+
+
+def scored_data() -> dict[str, list[Any]]:
+    """A user's own data: three completions a prompt, of different lengths."""
+    endings = [" sat on the mat", " and then", " s"]
+    rows = [(prompt, ending + prompt[:n]) for n, prompt in enumerate(PROMPTS) for ending in endings]
+    rewards = np.random.default_rng(SEED).permutation(len(rows)) / len(rows)
+    return {"prompt": [p for p, _ in rows], "completion": [c for _, c in rows], "reward": rewards.tolist()}
+
+
+def lora_config(dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def config(folder: Path, case: Case, **changes: Any) -> QuarkConfig:
+    return QuarkConfig(
+        **{
+            "output_dir": str(folder),
+            "num_rounds": NUM_ROUNDS,
+            "steps_per_round": STEPS_PER_ROUND,
+            "per_device_train_batch_size": BATCH,
+            "num_generations": 3,
+            "max_completion_length": 6,
+            "prompts_per_round": None,
+            "num_quantiles": 3,
+            "draw": "all",
+            "heldout_share": 0.2,
+            "beta": 0.3,
+            "reward_token_style": case.style,
+            "reward_token_position": case.position,
+            "learning_rate": 1e-3,
+            "adam_epsilon": 1e-5,
+            "warmup_steps": 0,
+            "seed": SEED,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **dict(case.settings),
+            **changes,
+        }
+    )
+
+
+def trainer(folder: Path, case: Case, lora_dropout: float = 0.0, **changes: Any) -> QuarkTrainer:
+    torch.manual_seed(123)  # a run may depend on its own seed only
+    return QuarkTrainer(
+        TINY_MODELS[case.model](),
+        reward,
+        config(folder, case, **changes),
+        Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora_config(lora_dropout) if case.lora else None,
+        initial_pool=Dataset.from_dict(scored_data()),
+        callbacks=[],
+    )
+
+
+def losses(trainer: QuarkTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class StopAt(TrainerCallback):
+    """Ctrl-C while the step of this number is made, as a person gives it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def ddp(folder: Path, names: list[str], write: Callable[[Path, Any], None]) -> None:
+    for name in names:
+        made = trainer(folder / name, CASES[name], per_device_train_batch_size=BATCH // 2)
+        made.train()
+        if made.is_world_process_zero():
+            write(folder / f"{name}.json", {"losses": losses(made), "processes": made.accelerator.num_processes})
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", category=UserWarning)
+    torch.set_num_threads(1)
+    ddp(Path(sys.argv[1]), sys.argv[2:], lambda path, data: path.write_text(json.dumps(data)))
+    torch.distributed.destroy_process_group()
