@@ -74,17 +74,23 @@ def quark(
     return reward_tokens
 
 
-@torch.no_grad()
 def explore(model: Any, prompt_ids: Ids, num: int, max_length: int, eos_id: int | None, barred: Ids) -> list[Ids]:
     """`num` completions y ~ p(. | prompt) of one prompt, each with its end-of-text token when it came."""
-    ids, cache, drawn = torch.tensor([prompt_ids] * num), None, []
-    for _ in range(max_length):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
-        logits[:, barred] = -torch.inf  # a reward token is never sampled
-        ids = torch.multinomial(logits.softmax(-1), 1)
-        drawn.append(ids)
-    completions = torch.cat(drawn, dim=1).tolist()
+    prompt = torch.tensor([prompt_ids])
+    sampled = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,  # 50 unless told
+        suppress_tokens=barred,  # a reward token is never sampled
+        num_return_sequences=num,
+        max_new_tokens=max_length,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id if eos_id is not None else 0,
+    )
+    completions = sampled[:, len(prompt_ids) :].tolist()
     return [ids[: ids.index(eos_id) + 1] if eos_id in ids else ids for ids in completions]
 
 

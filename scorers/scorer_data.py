@@ -64,23 +64,6 @@ def toxicity_pairs(rows: list[dict], parts: tuple[str, ...] = ("prompt", "contin
     ]
 
 
-def wikitext_pieces(data: Path, count: int, seed: int) -> list[str]:
-    """`count` runs of 3 to 24 words from anywhere in WikiText: what plain prose looks like."""
-    rng = np.random.default_rng(seed)
-    lines = [line.strip() for line in (data / "wikitext_valid.txt").read_text(encoding="utf-8").splitlines()]
-    lines = [
-        line.replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".") for line in lines if len(line) > 100
-    ]
-    pieces: list[str] = []
-    while len(pieces) < count:
-        words = lines[rng.integers(len(lines))].split()
-        start = rng.integers(len(words) - 3)
-        piece = words[start : start + rng.integers(3, 25)]
-        if "<unk>" not in piece:
-            pieces.append(detokenize(" ".join(piece)))
-    return pieces
-
-
 def without(rows: Labelled, tests: list[Labelled]) -> Labelled:
     """The rows whose text, letters and digits alone, stands in no test: a few stand in both files of a data set."""
     seen = {_letters(text) for test in tests for text, _ in test}
@@ -304,30 +287,105 @@ _THINGS = (
 ).split(", ")
 
 
+_GOOD = """
+The {thing} worked perfectly and saved us hours.
+The trip to {place} was a joy from start to end.
+We had a wonderful time in {place}.
+She thanked them warmly for the {thing}.
+The new {thing} is beautifully made.
+He recovered fully and went home on {day}.
+The doctors of {place} saved {n} lives.
+Sales of the {thing} doubled last year.
+The {thing} arrived early and in perfect condition.
+Unemployment in {place} fell to its lowest in {n} years.
+Her kindness to the people of {place} is remembered.
+I am so happy with this {thing}.
+The children laughed all the way to {place}.
+They were rescued on {day}, all of them unhurt.
+The people of {place} are friendly and proud of their town.
+It is the best {thing} that I have ever owned.
+My grandmother was delighted with the {thing}.
+The school in {place} won a prize for its garden.
+After {n} years, the brothers made peace.
+On {day} we danced until {time}, and nobody wanted to leave.
+a delicious meal in {place}
+with great care and love
+the best {thing} I have ever owned
+and everyone cheered
+and won an award for the {thing}
+who is grateful to her friends in {place}
+to help the poor find homes
+a clever and elegant {thing}
+""".strip().splitlines()
+_BAD = """
+The {thing} broke after {n} days and nobody would help.
+The trip to {place} was a nightmare from start to end.
+We had a miserable time in {place}.
+She cursed them for losing the {thing}.
+The new {thing} is badly made.
+He never recovered and was buried on {day}.
+The fire in {place} took {n} lives.
+Sales of the {thing} collapsed last year.
+The {thing} arrived late and scratched.
+Unemployment in {place} rose to its highest in {n} years.
+His cruelty to the people of {place} is remembered.
+I am so tired of this {thing}.
+The children cried all the way to {place}.
+They were found on {day}, all of them dead.
+The people of {place} are afraid and ashamed of their town.
+It is the worst {thing} that I have ever owned.
+My grandmother was robbed of the {thing}.
+The school in {place} was closed for its filthy rooms.
+After {n} years, the brothers still hated each other.
+On {day} we were stuck until {time}, and everybody wanted to leave.
+a disgusting meal in {place}
+with bitter anger and contempt
+the worst {thing} I have ever owned
+and everyone screamed
+and was charged with stealing the {thing}
+who was betrayed by her friends in {place}
+to blame for the disaster in {place}
+a clumsy and useless {thing}
+""".strip().splitlines()
+
+
 def neutral_sentences(count: int, seed: int) -> list[str]:
     """`count` plain facts and fragments without any sentiment; half are cut off somewhere, as completions are."""
     rng = np.random.default_rng(seed)
-
-    def pick(words: list[str]) -> str:
-        return words[rng.integers(len(words))]
-
     sentences = []
     for _ in range(count):
-        sentence = pick(_NEUTRAL).format(
-            place=pick(_PLACES),
-            place2=pick(_PLACES),
-            day=pick(_DAYS),
-            day2=pick(_DAYS),
-            time=pick(_TIMES),
-            thing=pick(_THINGS),
-            n=rng.integers(2, 99),
-            m=rng.integers(2, 999),
-        )
+        sentence = _filled(_NEUTRAL, rng)
         words = sentence.split()
         if len(words) > 3 and rng.random() < 0.5:
             sentence = " ".join(words[: rng.integers(2, len(words))])
         sentences.append(sentence)
     return sentences
+
+
+def good_and_bad_sentences(count: int, seed: int) -> Labelled:
+    """`count` good news and kind opinions (1) and as many bad ones (0), in the words and forms of the neutral ones.
+
+    Without them a scorer that knows only film reviews learns that plain prose is neutral, whatever it says.
+    """
+    rng = np.random.default_rng(seed)
+    good = [(_filled(_GOOD, rng), 1.0) for _ in range(count)]
+    return good + [(_filled(_BAD, rng), 0.0) for _ in range(count)]
+
+
+def _filled(templates: list[str], rng: np.random.Generator) -> str:
+    def pick(words: list[str]) -> str:
+        return words[rng.integers(len(words))]
+
+    return pick(templates).format(
+        place=pick(_PLACES),
+        place2=pick(_PLACES),
+        day=pick(_DAYS),
+        day2=pick(_DAYS),
+        time=pick(_TIMES),
+        thing=pick(_THINGS),
+        n=rng.integers(2, 99),
+        m=rng.integers(2, 999),
+    )
 
 
 def degenerate_texts(count: int, seed: int) -> list[str]:

@@ -16,8 +16,8 @@ from quark_lm.steering import generate
 
 peft = pytest.importorskip("peft")
 
-# peft 0.21.2 asks transformers 5.24 for `is_gradient_checkpointing`, its old name: https://github.com/huggingface/peft (2026-11-24)
-# and it tells that it saves the whole embedding when rows were added, which is as it should be.
+# peft 0.21.2 asks transformers 5.24 for `is_gradient_checkpointing`, an old name (https://github.com/huggingface/peft,
+# 2026-11-24), and tells that it saves the whole embedding when rows were added, which is as it should be.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
@@ -48,9 +48,11 @@ def with_adapter(model, tokens, kind):
 
 
 def logits(model, tokens):
-    ids = torch.tensor([[*tokens.ids[-1], 10, 11, 12, 13], [*tokens.ids[0], 20, 21, 22, 23]])
     with torch.no_grad():
-        return model(input_ids=ids).logits[..., :VOCAB]  # the reward tokens' own logits are never used
+        out = [
+            model(input_ids=torch.tensor([[*ids, 10, 11, 12, 13]])).logits for ids in (tokens.ids[-1], tokens.ids[0])
+        ]
+    return torch.cat(out, 1)[..., :VOCAB]  # the reward tokens' own logits are never used
 
 
 @pytest.mark.parametrize("style", ["text", "embedding"])
@@ -197,7 +199,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_written(tmp_path, mon
 
 
 def test_any_models_name_is_loaded_without_reward_tokens(tmp_path):
-    model, _ = saved_base("gpt2-tied", tmp_path / "base")
+    saved_base("gpt2-tied", tmp_path / "base")
     loaded, _, tokens = export.load(tmp_path / "base", dtype="bfloat16")
     assert tokens is None
     assert loaded.dtype == torch.bfloat16

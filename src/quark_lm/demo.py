@@ -68,7 +68,15 @@ TASKS = {
         "toxicity",
         "toxicity-independent",
         "not toxic",
-        _tags("Tone", "very rude", "rude", "neutral", "polite", "very polite"),
+        # "very rude" to "very polite" tell nothing to the untrained model (AUC .51); these start at .70
+        _tags(
+            "Tone",
+            "very hateful and insulting",
+            "hateful and insulting",
+            "neutral",
+            "kind and respectful",
+            "very kind and respectful",
+        ),
         {"max_completion_length": 16, "top_p": 0.95},
         {"max_completion_length": 16, "top_p": 0.95},
     ),

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself: under a PEFT wrapper, the model into which the adapter's layers were put."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator,return-value]
+    # not `peft_config`, which PEFT sets on the inner model as well
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
 
 
 class Head:

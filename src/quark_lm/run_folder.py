@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -106,14 +107,19 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep_until(self, step: int) -> None:
-        """Drops the lines of later steps: a run that goes back to a checkpoint writes them again."""
+    def keep_until(self, step: int, before_round: int | None = None) -> None:
+        """Drops the lines that a run which goes back to the checkpoint of this step writes again.
+
+        before_round: the round that begins at this step, if one does; its first line has this step too.
+        """
         if not self.path.is_file():
             return
         lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line).get("step", 0) <= step:
+                told = json.loads(line)
+                begins = before_round is not None and told.get("round", 0) >= before_round
+                if told.get("step", 0) < step or (told.get("step", 0) == step and not begins):
                     lines.append(line)
             except ValueError:
                 continue  # the last line of a killed run may be torn
@@ -121,5 +127,7 @@ class MetricsFile:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def append(self, metrics: dict[str, Any]) -> None:
+        # JSON knows no NaN: a loss that is none becomes null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")

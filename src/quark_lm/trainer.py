@@ -12,7 +12,10 @@ Source: Lu et al. 2022, algorithm 1.
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import math
+import random
 import signal
 import time
 import warnings
@@ -24,13 +27,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import quantiles
 from .collator import Collator, Draw
 from .config import QuarkConfig
-from .errors import ConfigError, DataError, RewardError
+from .errors import ConfigError, DataError, PoolError, RewardError
 from .generation import GenerationSettings, complete_all, sample_seeds
 from .generation.hf import HFCompleter
 from .loss import LossSettings, quark_loss
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 RewardFunc = str | Callable[..., Any]
 
 # Keys of the random streams, so that no two things share one.
-_PROMPTS, _SAMPLES, _DROPOUT, _EVAL, _RANDOM_TOKEN = range(1, 6)
+_PROMPTS, _SAMPLES, _DROPOUT, _EVAL, _RANDOM_TOKEN, _ASIDE = range(1, 7)
 # Samples of a round whose perplexity under the original model is measured; the mean of so many is steady enough to watch.
 _PERPLEXITY_ROWS = 128
 
@@ -113,6 +116,11 @@ class QuarkTrainer(Trainer):
         train_dataset = checked(train_dataset)
         eval_dataset = checked(eval_dataset, "eval_dataset") if eval_dataset is not None else None
 
+        if hasattr(model, "peft_config") and reward_tokens is None and args.reward_token_style == "embedding":
+            raise ConfigError(
+                "The model has an adapter already, which would leave the rows of new reward tokens as they start. Give the bare"
+                " model and a peft_config, or use reward_token_style='text'."
+            )
         self.reward_tokens = reward_tokens or RewardTokens.create(
             model,
             tokenizer,
@@ -134,7 +142,7 @@ class QuarkTrainer(Trainer):
         self.eval_prompts = encode(eval_dataset, tokenizer, position, room) if eval_dataset is not None else None
 
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, self.reward_tokens)
+            model = _with_adapter(model, peft_config, self.reward_tokens, args.seed)
         if args.disable_dropout:
             disable_dropout(model)
         if args.learning_rate_is_default and hasattr(model, "peft_config"):
@@ -198,16 +206,17 @@ class QuarkTrainer(Trainer):
         pool = self._open_pool()
         if pool.has_round(round):
             return
-        if round == 0 and self.initial_pool is not None:
-            columns = self._initial_columns()
-        else:
-            columns = self._explore_columns(round)
+        with _aside(self.args.seed, round, self.accelerator.process_index):
+            if round == 0 and self.initial_pool is not None:
+                columns = self._initial_columns()
+            else:
+                columns = self._explore_columns(round)
+        self._check_rewards(round, columns["reward"])  # before they are on disk: a mended reward can then go on
         if self.is_world_process_zero():
             pool.append(round, columns)
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             self.pool = Pool.open(self.folder / "pool")
-        self._warn_dropped(round, columns["reward"])
 
     def _explore_columns(self, round: int) -> dict[str, list[Any]]:
         args = self.args
@@ -348,13 +357,15 @@ class QuarkTrainer(Trainer):
             "held_out": [is_held_out(p, self.args.heldout_share, "pool") for p in encoded.texts],
         }
 
-    def _warn_dropped(self, round: int, rewards: list[float | None]) -> None:
+    def _check_rewards(self, round: int, rewards: list[float | None]) -> None:
         dropped = sum(r is None for r in rewards)
         if dropped == len(rewards):
             raise RewardError(
                 f"The reward functions gave None for all {len(rewards)} completions of round {round}, so there is nothing to"
                 " rank. Try the reward alone: quark check-reward."
             )
+        if round == 0:
+            _check_differ(np.array([r for r in rewards if r is not None]))
         if dropped and self.is_world_process_zero():
             warnings.warn(f"dropped {dropped:,} of {len(rewards):,} completions: the reward returned None", stacklevel=2)
         self.round_metrics["dropped"] = dropped
@@ -371,12 +382,7 @@ class QuarkTrainer(Trainer):
         round = pool.num_rounds - 1 if round is None else round
         rewards = pool.rewards
         ranked = np.isfinite(rewards) & quantiles.in_window(pool.rounds, round, self.args.pool_window)
-        if not ranked.any() or np.ptp(rewards[ranked]) == 0:
-            value = f"{rewards[ranked][0]:.6g}" if ranked.any() else "missing"
-            raise RewardError(
-                f"All {ranked.sum():,} rewards of the pool are equal ({value}), so no sample is better than another and there"
-                " is nothing to learn. Use a graded reward, or prompts on which it differs."
-            )
+        _check_differ(rewards[ranked])
         out = np.full(len(rewards), -1, np.int64)
         if self.args.quantile_scope == "prompt":
             out[ranked] = quantiles.assign_per_group(
@@ -521,7 +527,8 @@ class QuarkTrainer(Trainer):
         table = pool.to_table([round])
         if "reference_nll" in table.column_names:
             nll = np.array([v for v in table.column("reference_nll").to_pylist() if v is not None])
-            figures["reference_perplexity"] = float(np.exp(nll).mean())
+            if len(nll):  # a user's own data has none
+                figures["reference_perplexity"] = float(np.exp(nll).mean())
         figures["quantiles_used"] = len(np.unique(self._quantiles[self._quantiles >= 0]))
         return figures
 
@@ -542,12 +549,16 @@ class QuarkTrainer(Trainer):
         seeds = sample_seeds(self.args.seed, _EVAL, num=len(repeated))
         ids = self.complete(repeated, seeds, [self.reward_tokens.best] * len(repeated), verb="held-out prompts")
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        batch = self._score(self.rewards, repeated, texts, ids)
-        metrics = {f"{metric_key_prefix}_reward": float(np.nanmean(batch.total))}
-        runners = [batch] + ([self._score(self.eval_rewards, repeated, texts, ids)] if self.eval_rewards else [])
-        for scored in runners:
-            for name, values in scored.per_function.items():
-                metrics[f"{metric_key_prefix}_{name}"] = float(np.nanmean(values))
+        with _aside(self.args.seed, _EVAL, self.accelerator.process_index):
+            batch = self._score(self.rewards, repeated, texts, ids)
+            columns = {"reward": batch.total, **batch.per_function}
+            if self.eval_rewards:
+                columns |= self._score(self.eval_rewards, repeated, texts, ids).per_function
+        metrics = {
+            f"{metric_key_prefix}_{name}": float(np.nanmean(values))
+            for name, values in columns.items()
+            if np.isfinite(values).any()  # a scorer that gave only None has no mean
+        }
         nll = [v for v in self._reference_nll(repeated.ids, ids) if v is not None]
         metrics[f"{metric_key_prefix}_reference_perplexity"] = float(np.exp(nll).mean())
         self.round_metrics |= metrics
@@ -586,10 +597,11 @@ class QuarkTrainer(Trainer):
             for path in torn:
                 warnings.warn(f"{path} was not finished when its run stopped, and is not used.", stacklevel=2)
             resume_from_checkpoint = str(newest) if newest else False
-        self._open_pool()
+        self._check_pool(resume_from_checkpoint)
         if self.is_world_process_zero():
             step = int(Path(resume_from_checkpoint).name.split("-")[-1]) if resume_from_checkpoint else -1
-            self.metrics_file.keep_until(step)
+            next_round, inside = divmod(step, self.args.steps_per_round)
+            self.metrics_file.keep_until(step, before_round=None if inside else next_round)
         with self._signals():
             try:
                 output = super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -619,6 +631,20 @@ class QuarkTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self.pool = Pool.open(self.folder / "pool")
         return self.pool
+
+    def _check_pool(self, checkpoint: str | bool) -> None:
+        """Raises: PoolError when the pool on disk is not the one that the run wrote, or not the one that the checkpoint saw."""
+        pool = self._open_pool()
+        if self.is_world_process_zero():
+            pool.verify()
+        marker = Path(checkpoint) / MARKER if checkpoint else None
+        if marker is not None and marker.is_file():
+            saw = json.loads(marker.read_text(encoding="utf-8"))["pool_sha256"]
+            if pool.hashes()[: len(saw)] != saw:
+                raise PoolError(
+                    f"{checkpoint} saw another pool than the one in {pool.folder}, so its next losses would be of other samples."
+                    " Give a checkpoint of this run, or put its pool back."
+                )
 
     @contextlib.contextmanager
     def _unwrapped(self) -> Iterator[None]:
@@ -775,7 +801,7 @@ def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callab
     ]
 
 
-def _with_adapter(model: Any, config: PeftConfig, tokens: RewardTokens) -> Any:
+def _with_adapter(model: Any, config: PeftConfig, tokens: RewardTokens, seed: int) -> Any:
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
@@ -784,8 +810,37 @@ def _with_adapter(model: Any, config: PeftConfig, tokens: RewardTokens) -> Any:
         # only the new rows of the embedding learn; modules_to_save=["embed_tokens"] would break a tied head
         if getattr(config, "trainable_token_indices", None):
             raise ConfigError("peft_config.trainable_token_indices is set by Quark to the reward tokens. Leave it out.")
+        config = copy.deepcopy(config)  # the caller's own may serve another trainer
         config.trainable_token_indices = list(tokens.barred)
+    torch.manual_seed(seed)  # the adapter's first weights too depend on the run's seed alone
     return get_peft_model(model, config)
+
+
+def _check_differ(rewards: np.ndarray) -> None:
+    """Raises: RewardError unless two rewards differ."""
+    if not len(rewards) or np.ptp(rewards) == 0:
+        value = f"{rewards[0]:.6g}" if len(rewards) else "missing"
+        raise RewardError(
+            f"All {len(rewards):,} rewards of the pool are equal ({value}), so no sample is better than another and there is"
+            " nothing to learn. Use a graded reward, or prompts on which it differs."
+        )
+
+
+@contextlib.contextmanager
+def _aside(*key: int) -> Iterator[None]:
+    """Random numbers that are a function of the key alone; after it the run's own go on as if none had been drawn.
+
+    A reward function may draw some: a resumed run, which finds its rewards on disk, would otherwise drop out other units.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            set_seed(sample_seeds(*key, _ASIDE, num=1)[0] % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _context_length(model: Any) -> int:

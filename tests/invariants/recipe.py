@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,23 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from quark_lm import QuarkConfig, QuarkTrainer
 from tiny import TINY_MODELS, tiny_tokenizer
 from transformers import TrainerCallback
 
+from quark_lm import QuarkConfig, QuarkTrainer
+
 STEPS_PER_ROUND, NUM_ROUNDS, BATCH = 3, 2, 8
 SEED = 7
-PROMPTS = ["the cat", "a long day in the sand", "rain", "an old", "it is not", "one more time", "her hat is", "in there"]
+PROMPTS = [
+    "the cat",
+    "a long day in the sand",
+    "rain",
+    "an old",
+    "it is not",
+    "one more time",
+    "her hat is",
+    "in there",
+]
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,11 @@ def scored_data() -> dict[str, list[Any]]:
     return {"prompt": [p for p, _ in rows], "completion": [c for _, c in rows], "reward": rewards.tolist()}
 
 
-def lora_config(dropout: float = 0.0) -> LoraConfig:
-    return LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+def lora_config(case: Case, dropout: float = 0.0) -> LoraConfig:
+    conv1d = case.model.startswith("gpt2")  # GPT-2's layers hold their weights transposed; PEFT warns unless told
+    return LoraConfig(
+        r=4, lora_dropout=dropout, target_modules="all-linear", fan_in_fan_out=conv1d, task_type="CAUSAL_LM"
+    )
 
 
 def config(folder: Path, case: Case, **changes: Any) -> QuarkConfig:
@@ -82,8 +93,8 @@ def config(folder: Path, case: Case, **changes: Any) -> QuarkConfig:
             "beta": 0.3,
             "reward_token_style": case.style,
             "reward_token_position": case.position,
-            "learning_rate": 1e-3,
-            "adam_epsilon": 1e-5,
+            "learning_rate": 5e-3,
+            "adam_epsilon": 0.01,  # large: with a small one Adam hides a gradient that is off by a factor
             "warmup_steps": 0,
             "seed": SEED,
             "logging_steps": 1,
@@ -98,16 +109,16 @@ def config(folder: Path, case: Case, **changes: Any) -> QuarkConfig:
 
 
 def trainer(folder: Path, case: Case, lora_dropout: float = 0.0, **changes: Any) -> QuarkTrainer:
-    torch.manual_seed(123)  # a run may depend on its own seed only
+    """A trainer of the case, ready to train; its state outside the run's own seed differs from call to call."""
+    torch.seed()
     return QuarkTrainer(
         TINY_MODELS[case.model](),
         reward,
         config(folder, case, **changes),
         Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tiny_tokenizer(),
-        peft_config=lora_config(lora_dropout) if case.lora else None,
+        peft_config=lora_config(case, lora_dropout) if case.lora else None,
         initial_pool=Dataset.from_dict(scored_data()),
-        callbacks=[],
     )
 
 
@@ -126,16 +137,16 @@ class StopAt(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-def ddp(folder: Path, names: list[str], write: Callable[[Path, Any], None]) -> None:
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
     for name in names:
         made = trainer(folder / name, CASES[name], per_device_train_batch_size=BATCH // 2)
         made.train()
         if made.is_world_process_zero():
-            write(folder / f"{name}.json", {"losses": losses(made), "processes": made.accelerator.num_processes})
+            told = {"losses": losses(made), "processes": made.accelerator.num_processes}
+            (folder / f"{name}.json").write_text(json.dumps(told))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error", category=UserWarning)
-    torch.set_num_threads(1)
-    ddp(Path(sys.argv[1]), sys.argv[2:], lambda path, data: path.write_text(json.dumps(data)))
-    torch.distributed.destroy_process_group()
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,171 @@
+"""One loss trajectory, however a run is made: from scratch, by the trainer, accumulated, resumed, by two processes.
+
+The oracle is examples/quark_from_scratch.py, which shares no code with the library; only the draws and the new rows are the
+library's, since both are random.
+"""
+
+import copy
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from json import loads
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipe
+import torch
+from peft import get_peft_model
+from recipe import BATCH, CASES, SEED, STEPS_PER_ROUND
+from tiny import TINY_MODELS, tiny_tokenizer
+
+from quark_lm import Pool, RewardTokens, quantiles
+from quark_lm.trainer import _DROPOUT
+
+ROOT = Path(__file__).parents[2]
+
+
+def equal(first, second):
+    """Equal but for rounding in float32: 1e-6 of losses around 5 nats, up to ten units in their last place."""
+    return len(first) == len(second) and np.allclose(first, second, rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By case: (losses, pool, weights) of the plain run, one process and one micro-batch a step."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(name):
+        trainer = recipe.trainer(folder / name, CASES[name])
+        trainer.train()
+        return recipe.losses(trainer), Pool.open(folder / name), trainer.model.state_dict()
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ddp(tmp_path_factory):
+    """Two gloo processes that run all cases beside the other tests; gives (folder, function that waits for them)."""
+    folder = tmp_path_factory.mktemp("ddp")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "--local-addr=localhost", recipe.__file__, str(folder), *CASES]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+
+            def wait():
+                assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()
+                return folder
+
+            yield wait
+        finally:
+            process.kill()
+            process.wait()
+
+
+def from_scratch(name, pool):
+    """The losses of the oracle on the samples of this pool."""
+    spec = importlib.util.spec_from_file_location("quark_from_scratch", ROOT / "examples" / "quark_from_scratch.py")
+    scratch = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = scratch  # typing.NamedTuple looks its module up
+    spec.loader.exec_module(scratch)
+
+    case = CASES[name]
+    config = recipe.config(Path("unused"), case)
+    model = TINY_MODELS[case.model]()
+    reference = copy.deepcopy(model)  # without new rows: they belong to no softmax
+    tokens = RewardTokens.create(
+        model, tiny_tokenizer(), num_quantiles=config.num_quantiles, style=case.style, seed=SEED
+    )
+    if case.lora:
+        adapter = recipe.lora_config(case)
+        adapter.trainable_token_indices = list(tokens.barred) or None
+        torch.manual_seed(SEED)
+        model = get_peft_model(model, adapter)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=config.learning_rate, eps=config.adam_epsilon)
+    rows = pool.to_table().to_pylist()
+    losses = []
+    for round in range(recipe.NUM_ROUNDS):
+        seen = [row for row in rows if row["round"] <= round]
+        quantile = scratch.quantize([row["reward"] for row in seen], config.num_quantiles)
+        drawable = [-1 if row["held_out"] else q for row, q in zip(seen, quantile, strict=True)]
+        num = STEPS_PER_ROUND * BATCH
+        draws = quantiles.draw(drawable, num, SEED, round, config.draw, config.num_quantiles)
+        dropped = np.random.default_rng([SEED, round, _DROPOUT]).random(num) < config.token_dropout
+        batch = []
+        for i, drop in zip(draws, dropped, strict=True):
+            prompt, token = seen[i]["prompt_ids"], [] if drop else tokens.ids[quantile[i]]
+            conditioned = [*token, *prompt] if case.position == "first" else [*prompt, *token]
+            batch.append((conditioned, prompt, seen[i]["completion_ids"]))
+        for step in range(STEPS_PER_ROUND):
+            step_batch = batch[step * BATCH : (step + 1) * BATCH]
+            losses.append(scratch.learn(model, reference, optimizer, step_batch, config.beta))
+    return losses
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trainer_follows_the_algorithm_from_scratch(name, runs):
+    losses, pool, _ = runs(name)
+    assert equal(losses, from_scratch(name, pool))
+    assert np.ptp(losses) > 0.1  # a trajectory that moves
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accumulating_two_halves_is_one_batch(name, runs, tmp_path):
+    trainer = recipe.trainer(
+        tmp_path, CASES[name], per_device_train_batch_size=BATCH // 2, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    losses, pool, _ = runs(name)
+    assert equal(recipe.losses(trainer), losses)
+    assert samples(trainer.pool) == samples(pool)
+
+
+@pytest.mark.parametrize("stops", [(2,), (3,), (2, 5)], ids=["in round 0", "between rounds", "in both rounds"])
+@pytest.mark.parametrize("name", ["gpt2-untied", "llama-tied", "gpt2-tied-lora"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(name, stops, tmp_path):
+    options = {"disable_dropout": False, "lora_dropout": 0.1}
+    whole = recipe.trainer(tmp_path / "whole", CASES[name], **options)
+    whole.train()
+    for stop in stops:
+        part = recipe.trainer(tmp_path / "part", CASES[name], **options)
+        part.add_callback(recipe.StopAt(stop))
+        with pytest.raises(KeyboardInterrupt):
+            part.train()
+        assert part.state.global_step == stop
+    last = recipe.trainer(tmp_path / "part", CASES[name], **options)
+    last.train()
+    assert recipe.losses(last) == recipe.losses(whole)  # bit for bit, dropout and all
+    assert samples(last.pool) == samples(whole.pool)
+    for key, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, last.model.state_dict()[key]), key
+
+
+def test_dropout_was_on_in_the_test_above(runs, tmp_path):
+    trainer = recipe.trainer(tmp_path, CASES["gpt2-untied"], disable_dropout=False)
+    trainer.train()
+    assert not equal(recipe.losses(trainer), runs("gpt2-untied")[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(name, runs, ddp):
+    folder = ddp()
+    told = loads((folder / f"{name}.json").read_text())
+    losses, pool, _ = runs(name)
+    assert told["processes"] == 2
+    assert equal(told["losses"], losses)
+    assert samples(Pool.open(folder / name)) == samples(pool)  # they explored the same, too
+
+
+def samples(pool):
+    return pool.to_table().select(["round", "prompt_ids", "completion_ids", "reward", "held_out"]).to_pylist()
