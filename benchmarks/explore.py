@@ -1,7 +1,7 @@
 """Tokens a second while exploring, against `generate` at the same batch, on the same prompts, alternating in one process.
 
-    python benchmarks/explore.py --json FILE                       # the packaged model
-    python benchmarks/explore.py --model HuggingFaceTB/SmolLM2-135M
+python benchmarks/explore.py --json FILE                       # the packaged model
+python benchmarks/explore.py --model HuggingFaceTB/SmolLM2-135M
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ def main() -> None:
         for start in range(0, len(texts), args.batch):
             inputs = tokenizer(texts[start : start + args.batch], return_tensors="pt", padding=True).to(model.device)
             out = model.generate(
-                **inputs, max_new_tokens=args.tokens, do_sample=True, top_k=0, top_p=args.top_p, pad_token_id=tokenizer.eos_token_id
+                **inputs,
+                max_new_tokens=args.tokens,
+                do_sample=True,
+                top_k=0,
+                top_p=args.top_p,
+                pad_token_id=tokenizer.eos_token_id,
             )
             new = out[:, inputs["input_ids"].shape[1] :]
             ended = (new == tokenizer.eos_token_id).cumsum(1)
@@ -76,7 +81,9 @@ def main() -> None:
         "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
         "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"dtype": str(dtype)},
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))

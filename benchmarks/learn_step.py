@@ -69,7 +69,14 @@ def quark(policy: Policy, batch: dict) -> None:
         reference_states = completion_states(reference, batch, "reference_")
     states = completion_states(policy.model, batch)
     result = quark_loss(
-        states, reference_states, batch["targets"], policy.head, head, policy.head.parameters(), LossSettings(), len(batch["targets"])
+        states,
+        reference_states,
+        batch["targets"],
+        policy.head,
+        head,
+        policy.head.parameters(),
+        LossSettings(),
+        len(batch["targets"]),
     )
     result.loss.backward()
 
@@ -154,11 +161,19 @@ def main() -> None:
         for name, variant in VARIANTS.items():
             timed[name].append(seconds(variant, policy, batch))
     over = {
-        name: statistics.median(q / t for q, t in zip(timed["quark"], timed[name], strict=True)) for name in ("limit", "naive")
+        name: statistics.median(q / t for q, t in zip(timed["quark"], timed[name], strict=True))
+        for name in ("limit", "naive")
     }
     del policy, batch
-    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != "--json" and a != str(args.json)), "--only-memory"]
-    memory = {n: float(subprocess.run([*command, n], capture_output=True, text=True, check=True).stdout) for n in VARIANTS}
+    command = [
+        sys.executable,
+        __file__,
+        *(a for a in sys.argv[1:] if a != "--json" and a != str(args.json)),
+        "--only-memory",
+    ]
+    memory = {
+        n: float(subprocess.run([*command, n], capture_output=True, text=True, check=True).stdout) for n in VARIANTS
+    }
     result = {
         "name": "learn_step",
         "ratio": over["limit"],
@@ -170,7 +185,9 @@ def main() -> None:
         "peak_mib": memory,
         "settings": {k: v for k, v in vars(args).items() if k not in ("json", "only_memory")},
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "hardware": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))

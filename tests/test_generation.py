@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quark_lm.errors import ConfigError
 from quark_lm.generation import GenerationSettings, complete_all, sample_seeds
 from quark_lm.generation.hf import HFCompleter, draw_tokens

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quark_lm.collator import Collator, Draw
 from quark_lm.loss import LossSettings, forward_kl, quark_loss, reverse_kl, token_log_probs, token_terms
 from quark_lm.policy import Policy, completion_states
@@ -37,7 +38,11 @@ def naive(model, reference, batch, settings):
         whole[:, list(settings.barred)] = -torch.inf
     logw = whole.log_softmax(1)
     nll = -logw[range(len(logw)), batch["targets"]]
-    kl = (logq.exp() * (logq - logp)).sum(1) if settings.kl_direction == "forward" else (logp.exp() * (logp - logq)).sum(1)
+    kl = (
+        (logq.exp() * (logq - logp)).sum(1)
+        if settings.kl_direction == "forward"
+        else (logp.exp() * (logp - logq)).sum(1)
+    )
     entropy = -(logw.exp() * logw.clamp_min(-1e30)).sum(1)
     return (nll + settings.beta * kl - settings.entropy_coef * entropy).mean()
 

@@ -384,7 +384,8 @@ def test_without_beta_there_is_no_reference_forward(tmp_path):
 
 @pytest.mark.parametrize("position", ["first", "before_completion"])
 def test_the_reference_never_sees_a_reward_token_and_the_policy_does(tmp_path, position):
-    trainer = make(tmp_path, model=tiny_gpt2(), reward_token_style="embedding", reward_token_position=position)
+    tokens = {"reward_token_style": "embedding", "reward_token_position": position, "draw": "balanced"}
+    trainer = make(tmp_path, model=tiny_gpt2(), **tokens)
     seen = {"policy": set(), "reference": set()}
     for name, model in (("policy", trainer.model), ("reference", trainer.policy._copy)):
         hook = lambda module, inputs, name=name: seen[name].update(inputs[0].flatten().tolist())  # noqa: E731

@@ -101,7 +101,9 @@ class QuarkConfig(TrainingArguments):
     )
     prompts_first_round: int | None = field(
         default=1536,
-        metadata={"help": "The same for round 0, which samples the untrained model: it gives the tokens their meaning."},
+        metadata={
+            "help": "The same for round 0, which samples the untrained model: it gives the tokens their meaning."
+        },
     )
 
     # -- explore (TRL's names)
@@ -170,9 +172,7 @@ class QuarkConfig(TrainingArguments):
     )
     reward_token_position: str = field(
         default="first",
-        metadata={
-            "help": "'first' (after a beginning-of-text token), 'before_bos' (authors), or 'before_completion'."
-        },
+        metadata={"help": "'first' (after a beginning-of-text token), 'before_bos' (authors), or 'before_completion'."},
     )
     token_dropout: float = field(
         default=0.0,
@@ -192,7 +192,9 @@ class QuarkConfig(TrainingArguments):
         default=True,
         metadata={"help": "Leave reward tokens out of every softmax. The authors' code only does so in the KL."},
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "No dropout while learning, as in the authors' code."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "No dropout while learning, as in the authors' code."}
+    )
     loss_chunk_elements: int = field(
         default=1 << 24,
         metadata={"help": "Logits that exist at once while learning, rows x words (64 MiB as float32)."},
@@ -223,14 +225,18 @@ class QuarkConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Draws in one micro-batch."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "The learning rate's schedule."})
     warmup_steps: float = field(default=10, metadata={"help": "Steps in which the learning rate rises from 0."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "No clipping, as in the authors' code; Trainer's is 1."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "No clipping, as in the authors' code; Trainer's is 1."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics."})
     save_strategy: str = field(default="epoch", metadata={"help": "'epoch' saves a checkpoint each round."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A NaN loss must be seen, not averaged over."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "A NaN loss must be seen, not averaged over."}
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns pass through to the rewards."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "A draw is small; pinning it buys nothing."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, such as 'tensorboard'."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, such as 'tensorboard'."})
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
@@ -270,9 +276,13 @@ class QuarkConfig(TrainingArguments):
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise ConfigError(f"{name}={value} is below {least}, where it has no meaning. Set it to {least} or more.")
+                raise ConfigError(
+                    f"{name}={value} is below {least}, where it has no meaning. Set it to {least} or more."
+                )
         if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p={self.top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
+            raise ConfigError(
+                f"top_p={self.top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter)."
+            )
         for name in ("token_dropout", "heldout_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a share. Set it to 0 or more and below 1.")
@@ -321,7 +331,9 @@ def _with_preset(init: Any) -> Any:
         preset = kwargs.get("preset")
         if preset is not None:
             if preset not in PRESETS:
-                raise ConfigError(f"preset={preset!r} is unknown. Use {' or '.join(map(repr, PRESETS))}, or leave it out.")
+                raise ConfigError(
+                    f"preset={preset!r} is unknown. Use {' or '.join(map(repr, PRESETS))}, or leave it out."
+                )
             kwargs = {**PRESETS[preset], **kwargs}
         init(self, *args, **kwargs)
 

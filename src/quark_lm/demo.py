@@ -20,7 +20,7 @@ from rich.table import Table
 from . import export
 from .errors import ConfigError
 from .progress import printable
-from .run_folder import environment, write_json
+from .run_folder import begun_dtype, environment, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -204,7 +204,8 @@ def make_trainer(
             **settings,
         },
     )
-    language_model, tokenizer = load_model(model, dtype=fastest_dtype())
+    # a run that goes on keeps the dtype that it was begun in, whatever is measured today
+    language_model, tokenizer = load_model(model, dtype=begun_dtype(folder) or fastest_dtype())
     trainer = QuarkTrainer(
         language_model,
         rewards["reward"],
@@ -319,4 +320,3 @@ def _show(console: Console, task: Task, results: dict[str, Any], folder: Path) -
 
 def _percent(interval: dict[str, float]) -> str:
     return f"{100 * interval['mean']:.1f} ({100 * interval['low']:.0f}-{100 * interval['high']:.0f})"
-

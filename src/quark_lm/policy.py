@@ -41,10 +41,14 @@ class Head:
         config = inner.config.get_text_config()
         self.module: nn.Module = inner.get_output_embeddings()
         if self.module is None:
-            raise ModelError(f"{type(inner).__name__} has no output head, so it is no language model. Load a causal LM.")
+            raise ModelError(
+                f"{type(inner).__name__} has no output head, so it is no language model. Load a causal LM."
+            )
         # Gemma 2, Cohere and Granite change the logits after the head; `check_head` finds a model that does otherwise
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) of hidden states (N, H), in the head's dtype."""
@@ -105,7 +109,9 @@ def allow_functions_inside(model: nn.Module) -> None:
     if getattr(forward, "takes_inside", False):
         return
 
-    @functools.wraps(forward)  # inspect.signature still shows the model's own arguments, which Trainer and generate read
+    @functools.wraps(
+        forward
+    )  # inspect.signature still shows the model's own arguments, which Trainer and generate read
     def forward_or_inside(*args: Any, inside: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         return forward(*args, **kwargs) if inside is None else inside(**kwargs)
 

@@ -66,7 +66,9 @@ class Pool:
         path = folder / _MANIFEST
         if not path.exists():
             if not create:
-                raise PoolError(f"{folder} holds no pool ({_MANIFEST} is missing). Give the folder of a run, or its pool folder.")
+                raise PoolError(
+                    f"{folder} holds no pool ({_MANIFEST} is missing). Give the folder of a run, or its pool folder."
+                )
             folder.mkdir(parents=True, exist_ok=True)
             return cls(folder, [])
         try:
@@ -104,7 +106,9 @@ class Pool:
         Raises: PoolError when it is not the next round, or the disk refuses it: then nothing of it stays.
         """
         if round != self.num_rounds:
-            raise PoolError(f"Round {round} cannot follow the {self.num_rounds} rounds that the pool in {self.folder} has.")
+            raise PoolError(
+                f"Round {round} cannot follow the {self.num_rounds} rounds that the pool in {self.folder} has."
+            )
         rows = len(columns["reward"])
         arrays = {"round": pa.array([round] * rows, pa.int32())}
         for f in SCHEMA:
@@ -121,7 +125,9 @@ class Pool:
                 digest = _sha256(temporary)
             entry = {"round": round, "file": path.name, "rows": rows, "sha256": digest}
             with written_whole(self.folder / _MANIFEST) as temporary:
-                temporary.write_text(json.dumps({"rounds": [*self._manifest, entry]}, indent=1) + "\n", encoding="utf-8")
+                temporary.write_text(
+                    json.dumps({"rounds": [*self._manifest, entry]}, indent=1) + "\n", encoding="utf-8"
+                )
         except OSError as error:
             raise PoolError(
                 f"Round {round} could not be written to {self.folder} ({error.strerror or error}). Make room or mend the folder's"
@@ -252,25 +258,35 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():
-            raise DataError(f"There is no file {path} for initial_pool. Give a Parquet or JSONL file of scored completions.")
+            raise DataError(
+                f"There is no file {path} for initial_pool. Give a Parquet or JSONL file of scored completions."
+            )
         try:
             if path.suffix == ".parquet":
                 table = pq.read_table(path)
             else:
-                table = pa.Table.from_pylist([json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()])
+                table = pa.Table.from_pylist(
+                    [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+                )
         except (ValueError, pa.ArrowException) as error:
-            raise DataError(f"{path} could not be read as scored completions ({str(error).splitlines()[0]}).") from error
+            raise DataError(
+                f"{path} could not be read as scored completions ({str(error).splitlines()[0]})."
+            ) from error
     else:
         table = source if isinstance(source, pa.Table) else pa.Table.from_pydict(source.to_dict())
     missing = {"prompt", "completion", "reward"} - set(table.column_names)
     if missing:
-        raise DataError(f"initial_pool has no column {', '.join(sorted(missing))}. It needs prompt, completion and reward.")
+        raise DataError(
+            f"initial_pool has no column {', '.join(sorted(missing))}. It needs prompt, completion and reward."
+        )
     if not table.num_rows:
         raise DataError("initial_pool has no rows, so round 0 would be empty. Leave it out to sample round 0.")
     data = {name: table.column(name).to_pylist() for name in ("prompt", "completion", "reward")}
     for number, reward in enumerate(data["reward"]):
         if reward is not None and (not isinstance(reward, (int, float)) or not np.isfinite(reward)):
-            raise DataError(f"initial_pool: the reward of row {number} is {reward!r}, which cannot be ranked. Give a finite number.")
+            raise DataError(
+                f"initial_pool: the reward of row {number} is {reward!r}, which cannot be ranked. Give a finite number."
+            )
     return data
 
 

@@ -61,7 +61,9 @@ class Display:
             self.console.print(printable(text), markup=False, highlight=False)
 
     def round_line(self, round: int, num_rounds: int, metrics: dict[str, Any]) -> None:
-        parts = [f"{name} {form.format(metrics[key])}" for key, name, form in _ROUND_LINE if metrics.get(key) is not None]
+        parts = [
+            f"{name} {form.format(metrics[key])}" for key, name, form in _ROUND_LINE if metrics.get(key) is not None
+        ]
         self.line(f"round {round + 1}/{num_rounds}  " + "  ".join(parts))
 
     def completions(self, title: str, rows: list[tuple[str, str, float | None]]) -> None:

@@ -42,7 +42,9 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
     if not kind:
         if path.is_file():
             endings = ", ".join(_READERS)
-            raise DataError(f"{source} ends with none of {endings}, so its format is unknown. Rename it to say what it is.")
+            raise DataError(
+                f"{source} ends with none of {endings}, so its format is unknown. Rename it to say what it is."
+            )
         name, _, config = str(source).partition(":")
         try:
             dataset = load_dataset(name, config or None, split=split, revision=revision)
@@ -77,7 +79,9 @@ def checked(dataset: Dataset, name: str = "train_dataset") -> Dataset:
     """
     if "prompt" not in (dataset.column_names or []):
         columns = ", ".join(dataset.column_names or []) or "none"
-        raise DataError(f"{name} has no column `prompt` (its columns: {columns}). Rename the one that holds the prompts.")
+        raise DataError(
+            f"{name} has no column `prompt` (its columns: {columns}). Rename the one that holds the prompts."
+        )
     seen: set[str] = set()
     keep, empty = [], 0
     prompts = [flat(prompt) for prompt in dataset["prompt"]]
@@ -92,7 +96,9 @@ def checked(dataset: Dataset, name: str = "train_dataset") -> Dataset:
         raise DataError(f"{name} holds no prompt, so there is nothing to sample from. Give at least one.")
     repeated = len(prompts) - empty - len(keep)
     if empty or repeated:
-        warnings.warn(f"{name}: left out {empty} empty and {repeated} repeated of {len(prompts)} prompts.", stacklevel=2)
+        warnings.warn(
+            f"{name}: left out {empty} empty and {repeated} repeated of {len(prompts)} prompts.", stacklevel=2
+        )
     if any(flat(p) is not p for p in dataset["prompt"][:1]):
         dataset = dataset.remove_columns("prompt").add_column("prompt", prompts)
     return dataset if len(keep) == len(prompts) else dataset.select(keep)
@@ -222,5 +228,3 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase, position: str) 
 
 def _after_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id)
-
-

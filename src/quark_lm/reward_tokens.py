@@ -101,10 +101,14 @@ class RewardTokens:
         texts = list(texts) if texts is not None else default_texts(num_quantiles)
         text_ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         if (style == "text" or init == "words") and not all(text_ids):
-            raise ConfigError(f"The reward token text {texts[text_ids.index(())]!r} has no tokens. Give every quantile words.")
+            raise ConfigError(
+                f"The reward token text {texts[text_ids.index(())]!r} has no tokens. Give every quantile words."
+            )
         if style == "text":
             if len(set(text_ids)) < len(text_ids):
-                raise ConfigError("Two reward token texts are equal, so the model could not tell their quantiles apart.")
+                raise ConfigError(
+                    "Two reward token texts are equal, so the model could not tell their quantiles apart."
+                )
             return cls(style, position, tuple(texts), tuple(text_ids))
         names = [f"<|quark_{k}|>" for k in range(num_quantiles)]
         held = sorted(set(names) & set(tokenizer.get_vocab()))
@@ -125,7 +129,9 @@ class RewardTokens:
         """The reward tokens of a folder that Quark saved. Raises: ModelError when it has none, or they are damaged."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
-            raise ModelError(f"{folder} has no {FILE_NAME}, so it was not made by Quark. Give the folder of a run's model.")
+            raise ModelError(
+                f"{folder} has no {FILE_NAME}, so it was not made by Quark. Give the folder of a run's model."
+            )
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return cls(

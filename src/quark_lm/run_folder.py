@@ -1,13 +1,13 @@
 """A run's folder explains itself: settings, versions, metrics, pool, checkpoints; and it takes no other run's files.
 
-    config.yaml         every setting
-    environment.json    versions and hardware
-    run.json            what makes this run this run: a folder of another is refused
-    metrics.jsonl       one JSON object a line, with `round` and `step`
-    pool/               every sample (see pool.py)
-    checkpoint-N/       resumable; `complete.json` is written last, so a torn one is known
-    model/              the finished model
-    results.json        the figures at the end
+config.yaml         every setting
+environment.json    versions and hardware
+run.json            what makes this run this run: a folder of another is refused
+metrics.jsonl       one JSON object a line, with `round` and `step`
+pool/               every sample (see pool.py)
+checkpoint-N/       resumable; `complete.json` is written last, so a torn one is known
+model/              the finished model
+results.json        the figures at the end
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise ConfigError(f"{path} is damaged, so it cannot be told whose run this is. Choose another output_dir.") from None
+            raise ConfigError(
+                f"{path} is damaged, so it cannot be told whose run this is. Choose another output_dir."
+            ) from None
         differing = [key for key in sorted(set(there) | set(identity)) if there.get(key) != identity.get(key)]
         if differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {identity.get(key)!r} here" for key in differing[:3])
@@ -57,15 +59,28 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         return
     strangers = [p.name for p in folder.iterdir() if p.name in ("pool", "metrics.jsonl")] if folder.is_dir() else []
     if strangers:
-        raise ConfigError(f"{folder} holds {strangers[0]}, but no run.json that says whose. Choose an empty output_dir.")
+        raise ConfigError(
+            f"{folder} holds {strangers[0]}, but no run.json that says whose. Choose an empty output_dir."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, identity)
+
+
+def begun_dtype(folder: Path) -> str | None:
+    """The dtype of the weights of the run that a folder holds, such as "bfloat16"; None where there is no run yet."""
+    try:
+        dtype = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("dtype")
+    except (OSError, ValueError, AttributeError):  # a damaged one is `claim`'s to report
+        return None
+    return dtype if isinstance(dtype, str) else None
 
 
 def describe(folder: Path, config: dict[str, Any]) -> None:
     """Writes config.yaml and environment.json."""
     with written_whole(folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False), encoding="utf-8")
+        temporary.write_text(
+            yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False), encoding="utf-8"
+        )
     write_json(folder / "environment.json", environment())
 
 

@@ -102,7 +102,9 @@ def generate_batches(
     check_strength(strength)
     plain = reward_tokens is None or quantile is None
     if plain and not (isinstance(strength, (int, float)) and strength == 1.0):
-        raise ConfigError(f"strength={strength} needs two reward tokens to dial between. Give reward_tokens and a quantile.")
+        raise ConfigError(
+            f"strength={strength} needs two reward tokens to dial between. Give reward_tokens and a quantile."
+        )
     position = reward_tokens.position if reward_tokens is not None else "first"
     encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position)
     ids, contrast = encoded.ids, None

@@ -301,6 +301,7 @@ def _make_trainer(settings: TrainArguments, args: QuarkConfig) -> QuarkTrainer:
 def _dtype(settings: TrainArguments, args: QuarkConfig) -> str:
     """The weights' dtype as text; a run that goes on keeps the one that it began with, whatever is measured now."""
     from .packaged import fastest_dtype
+    from .run_folder import begun_dtype
 
     if settings.dtype not in ("auto", "bfloat16", "float32"):
         raise ConfigError(f"dtype={settings.dtype!r} is not one of 'auto', 'bfloat16', 'float32'. Choose one of them.")
@@ -313,11 +314,7 @@ def _dtype(settings: TrainArguments, args: QuarkConfig) -> str:
         return settings.dtype
     if not settings.use_peft:
         return "float32"
-    try:
-        began = json.loads((Path(args.output_dir or ".") / "run.json").read_text(encoding="utf-8"))
-        return str(began["model_init_kwargs"]["dtype"])
-    except (OSError, ValueError, KeyError, TypeError):  # a new run, or one that cannot be read: the trainer says so
-        return str(fastest_dtype()).removeprefix("torch.")
+    return begun_dtype(Path(args.output_dir or ".")) or str(fastest_dtype()).removeprefix("torch.")
 
 
 def _write_yaml(folder: Path, named: dict[str, Any]) -> None:

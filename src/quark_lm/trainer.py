@@ -118,8 +118,8 @@ class QuarkTrainer(Trainer):
 
         if hasattr(model, "peft_config") and reward_tokens is None and args.reward_token_style == "embedding":
             raise ConfigError(
-                "The model has an adapter already, which would leave the rows of new reward tokens as they start. Give the bare"
-                " model and a peft_config, or use reward_token_style='text'."
+                "The model has an adapter already, which would leave the rows of new reward tokens as they start. Give the"
+                " bare model and a peft_config, or use reward_token_style='text'."
             )
         self.reward_tokens = reward_tokens or RewardTokens.create(
             model,
@@ -367,7 +367,9 @@ class QuarkTrainer(Trainer):
         if round == 0:
             _check_differ(np.array([r for r in rewards if r is not None]))
         if dropped and self.is_world_process_zero():
-            warnings.warn(f"dropped {dropped:,} of {len(rewards):,} completions: the reward returned None", stacklevel=2)
+            warnings.warn(
+                f"dropped {dropped:,} of {len(rewards):,} completions: the reward returned None", stacklevel=2
+            )
         self.round_metrics["dropped"] = dropped
 
     # -- quantize
@@ -619,6 +621,8 @@ class QuarkTrainer(Trainer):
                     if name not in _NOT_IDENTITY and not name.startswith(_NOT_IDENTITY_PREFIXES)
                 }
                 identity["model"] = self.policy.name
+                identity["dtype"] = str(causal_lm(self.model).dtype).removeprefix("torch.")
+                identity["adapter"] = _adapter_identity(self.model)
                 identity["reward_tokens"] = list(self.reward_tokens.texts)
                 identity["reward_funcs"] = self.rewards.names
                 identity["prompts"] = f"{len(self.prompts)}, crc {_crc(self.prompts.texts)}"
@@ -633,7 +637,7 @@ class QuarkTrainer(Trainer):
         return self.pool
 
     def _check_pool(self, checkpoint: str | bool) -> None:
-        """Raises: PoolError when the pool on disk is not the one that the run wrote, or not the one that the checkpoint saw."""
+        """Raises: PoolError when the pool on disk is not as the run wrote it, or not the one that the checkpoint saw."""
         pool = self._open_pool()
         if self.is_world_process_zero():
             pool.verify()
@@ -642,8 +646,8 @@ class QuarkTrainer(Trainer):
             saw = json.loads(marker.read_text(encoding="utf-8"))["pool_sha256"]
             if pool.hashes()[: len(saw)] != saw:
                 raise PoolError(
-                    f"{checkpoint} saw another pool than the one in {pool.folder}, so its next losses would be of other samples."
-                    " Give a checkpoint of this run, or put its pool back."
+                    f"{checkpoint} saw another pool than the one in {pool.folder}, so its next losses would be of other"
+                    " samples. Give a checkpoint of this run, or put its pool back."
                 )
 
     @contextlib.contextmanager
@@ -779,7 +783,9 @@ def _load(
         model, own = load_model(model, **options)
         return model, tokenizer or own
     if args.model_init_kwargs:
-        raise ConfigError("model_init_kwargs is for a model given by its name, but a loaded model was given. Leave one out.")
+        raise ConfigError(
+            "model_init_kwargs is for a model given by its name, but a loaded model was given. Leave one out."
+        )
     if tokenizer is None:
         from transformers import AutoTokenizer
 
@@ -821,8 +827,8 @@ def _check_differ(rewards: np.ndarray) -> None:
     if not len(rewards) or np.ptp(rewards) == 0:
         value = f"{rewards[0]:.6g}" if len(rewards) else "missing"
         raise RewardError(
-            f"All {len(rewards):,} rewards of the pool are equal ({value}), so no sample is better than another and there is"
-            " nothing to learn. Use a graded reward, or prompts on which it differs."
+            f"All {len(rewards):,} rewards of the pool are equal ({value}), so no sample is better than another and there"
+            " is nothing to learn. Use a graded reward, or prompts on which it differs."
         )
 
 
@@ -830,7 +836,7 @@ def _check_differ(rewards: np.ndarray) -> None:
 def _aside(*key: int) -> Iterator[None]:
     """Random numbers that are a function of the key alone; after it the run's own go on as if none had been drawn.
 
-    A reward function may draw some: a resumed run, which finds its rewards on disk, would otherwise drop out other units.
+    A reward function may draw some; a resumed run, which finds its rewards on disk, would then drop out other units.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -841,6 +847,18 @@ def _aside(*key: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _adapter_identity(model: Any) -> dict[str, Any] | None:
+    """What makes an adapter's weights fit: another rank could not load a checkpoint."""
+    if not hasattr(model, "peft_config"):
+        return None
+    config = model.peft_config[model.active_adapter].to_dict()
+    wanted = {
+        name: config.get(name) for name in ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
+    }
+    modules = wanted["target_modules"]
+    return wanted | {"target_modules": modules if isinstance(modules, str) or modules is None else sorted(modules)}
 
 
 def _context_length(model: Any) -> int:

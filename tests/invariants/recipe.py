@@ -1,7 +1,7 @@
 """One small run, made in every way that must give the same losses; also the script that the DDP processes run.
 
-A run learns two rounds of three steps: round 0 from a user's own scored data, round 1 from what the policy explores with the
-dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json.
+A run learns two rounds of three steps: round 0 from a user's own scored data, round 1 from what the policy explores
+with the dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json.
 """
 
 from __future__ import annotations

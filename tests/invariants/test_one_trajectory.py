@@ -1,7 +1,7 @@
 """One loss trajectory, however a run is made: from scratch, by the trainer, accumulated, resumed, by two processes.
 
-The oracle is examples/quark_from_scratch.py, which shares no code with the library; only the draws and the new rows are the
-library's, since both are random.
+The oracle is examples/quark_from_scratch.py, which shares no code with the library; only the draws and the new rows
+are the library's, since both are random.
 """
 
 import copy

@@ -90,7 +90,11 @@ def complete_system(
     result = Completions(system.name, prompts.texts, num_generations, ids, texts, nll.tolist())
     for name, scorer in scorers.items():
         values = scorer(
-            prompts=repeated.prompts, completions=texts, completion_ids=ids, **repeated.columns, trainer_state=trainer.state
+            prompts=repeated.prompts,
+            completions=texts,
+            completion_ids=ids,
+            **repeated.columns,
+            trainer_state=trainer.state,
         )
         result.scores[name] = [None if v is None else float(v) for v in values]
     return result

@@ -71,4 +71,6 @@ def check_strength(strength: float | Sequence[float]) -> None:
     """Raises: ConfigError unless every strength of the dial is a finite number."""
     values = np.atleast_1d(np.asarray(strength, dtype=np.float64))
     if not np.isfinite(values).all():
-        raise ConfigError("The strength of the dial is not a finite number. Use 0 (worst token) to about 3; 1 is plain Quark.")
+        raise ConfigError(
+            "The strength of the dial is not a finite number. Use 0 (worst token) to about 3; 1 is plain Quark."
+        )

@@ -123,7 +123,9 @@ class HFCompleter:
         try:
             completions = self._complete_batch(batch, prompts, seeds, settings, contrast, strengths, on_token)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-            if len(batch) == 1 or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            if len(batch) == 1 or not (
+                isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            ):
                 raise
         else:
             yield batch, completions
@@ -209,12 +211,12 @@ class HFCompleter:
     ) -> torch.Tensor:
         """The last states (B, H), contiguous, in the head's dtype; the cache grows by what was read."""
         context = (
-            torch.autocast(ids.device.type, dtype=self.autocast) if self.autocast is not None else contextlib.nullcontext()
+            torch.autocast(ids.device.type, dtype=self.autocast)
+            if self.autocast is not None
+            else contextlib.nullcontext()
         )
         with context:
-            output = run_body(
-                self.model, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-            )
+            output = run_body(self.model, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         return output.last_hidden_state[:, -1].contiguous().to(next(self.head.module.parameters()).dtype)
 
 
