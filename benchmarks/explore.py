@@ -1,4 +1,4 @@
-"""Tokens a second while exploring, against `generate` at the same batch, on the same prompts, alternating in one process.
+"""Tokens a second while exploring, against `generate` at the same batch and prompts, alternating in one process.
 
 python benchmarks/explore.py --json FILE                       # the packaged model
 python benchmarks/explore.py --model HuggingFaceTB/SmolLM2-135M

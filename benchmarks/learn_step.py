@@ -1,10 +1,11 @@
 """One learning step of Quark against its limit, and against the loss that one would write first.
 
-limit: a bare forward and backward of the same tokens (cross-entropy on the completion's rows) plus a forward of the reference.
+limit: a bare forward and backward of the same tokens (cross-entropy on the completion's rows) plus a forward of the
+    reference.
 naive: the same loss as Quark's on full logits of every position, left to autograd.
 
-Time: the variants alternate in one process, and the figure is the median of the ratios of neighbours. Memory: each variant in a process of
-its own, the peak above what was resident before the step.
+Time: the variants alternate in one process, and the figure is the median of the ratios of neighbours. Memory: each
+variant in a process of its own, the peak above what was resident before the step.
 
     python benchmarks/learn_step.py --json FILE            # the packaged model's shape
     python benchmarks/learn_step.py --vocab 150000         # memory at a large vocabulary

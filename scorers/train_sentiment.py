@@ -93,8 +93,8 @@ def main() -> None:
             "Domains that training never saw.",
             "OpenWebText prompts: prompts that GPT-2 always goes on with positively against those it always goes on "
             "with negatively, the prompt alone scored.",
-            "Trained on film reviews: good and bad news in plain words is weaker ground than opinion, irony is not "
-            "seen, and praise repeated over and over scores high.",
+            "Trained on film reviews: good and bad news in plain words is weaker ground than opinion, irony may be "
+            "missed, and praise repeated over and over scores high.",
             "Tried and left: pieces of WikiText at .5. All plain prose then scored near .5, and Amazon and NYT fell.",
             "English only; lower-cased; 128 tokens at most are read.",
         ],

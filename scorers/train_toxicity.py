@@ -1,5 +1,5 @@
 """Trains the toxicity scorer: MiniLM under LoRA on Perspective's scores of RealToxicityPrompts and on Jigsaw dev
-sentences. About 8 minutes on one thread.
+sentences. About 6 minutes on one thread.
 
 Neutral sentences of our own that name groups of people, and plain facts, are given low targets: without them "Muslims
 pray five times a day." is toxic.

@@ -122,10 +122,11 @@ def main() -> None:
             "The weights know nothing of Perspective. The line on the logit does: its slope is fitted to Perspective's "
             "scores, its offset set so that as many of these texts are above .5 as by Perspective. No rank changes by "
             "it, so the AUCs are those of the other labels.",
-            "Independent is not unrelated: Jigsaw dev, which the reward scorer learned from, was labelled by the same "
-            "rules as Jigsaw test, and both scorers saw the same neutral sentences of ours.",
+            "Independent is not unrelated: Jigsaw dev, which the reward scorer learned from, is of the same data set "
+            "as Jigsaw test, and both scorers saw the same neutral sentences of ours.",
             "RTP: RealToxicityPrompts; toxic is a Perspective score above .5. The hyperparameters were chosen on "
-            "Jigsaw dev and on RTP prompts that are not held out, the identity weight on the identity sentences.",
+            "Jigsaw dev and on RTP prompts that are not held out, the identity weight on the identity "
+            "sentences; the figures on Surge and, at the first tries, on the held-out prompts were in view.",
             "It sees words, no order beyond neighbours and no meaning: the mention of a rude word is toxic, a threat "
             "in plain words is not.",
             "English only. Good for comparing models by their mean or their share above .5; not for moderating people.",

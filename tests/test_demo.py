@@ -1,11 +1,12 @@
-"""The main job on the real packaged model, on a small budget: the tokens gain meaning, the reward rises, and the run explains itself."""
+"""The main job on the real packaged model, on a small budget: tokens gain meaning, and the reward rises."""
 
 import json
 
 import pytest
+from rich.console import Console
+
 from quark_lm import demo
 from quark_lm.errors import ConfigError
-from rich.console import Console
 
 
 def test_an_unknown_task_is_refused_with_the_tasks_that_there_are(tmp_path):

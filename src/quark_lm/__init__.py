@@ -1,6 +1,7 @@
 """Quark: unlearn an unwanted behaviour from any causal language model, given a reward function.
 
-The public names are loaded when they are first used: `import quark_lm` imports no torch, so that the command line answers at once.
+The public names are loaded when they are first used: `import quark_lm` imports no torch, so that the command line
+answers at once.
 """
 
 from importlib import import_module
@@ -19,7 +20,18 @@ _HOMES = {
     "QuarkError": "errors",
 }
 
-__all__ = [*_HOMES, "__version__"]
+# Spelled out, and not made from _HOMES: type checkers read it to know what is public.
+__all__ = [
+    "QuarkConfig",
+    "QuarkTrainer",
+    "Pool",
+    "RewardTokens",
+    "load_reward",
+    "load_prompts",
+    "generate",
+    "QuarkError",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from .config import QuarkConfig

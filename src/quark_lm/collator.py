@@ -1,6 +1,7 @@
 """One batch, two views: with the reward token for the policy, without it for the reference, which must never see it.
 
-Right-padded: GPT-2's absolute positions shift under left padding. Axes: B draws, T tokens, N completion tokens (packed).
+Right-padded: GPT-2's absolute positions shift under left padding.
+Axes: B draws, T tokens, N completion tokens (packed).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class Draw(TypedDict):
 def view(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, torch.Tensor]:
     """(prompt ids, completion ids) pairs as one right-padded batch.
 
-    Returns: input_ids, attention_mask, position_ids, labels: int64 (B, T), labels -100 outside the completions; and rows: int64 (N,),
-        the flat positions (b x T + t) whose next token is a completion token, in the order of the completions.
+    Returns: input_ids, attention_mask, position_ids, labels: int64 (B, T), labels -100 outside the completions; and
+        rows: int64 (N,), the flat positions (b x T + t) whose next token is a completion token, in the order of the
+        completions.
     """
     length = max(len(prompt) + len(completion) for prompt, completion in sequences)
     ids = torch.full((len(sequences), length), pad_id)

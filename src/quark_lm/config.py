@@ -5,9 +5,10 @@ Source of the presets: Lu et al. 2022 ("paper") and the script that its authors 
 
 from __future__ import annotations
 
+import difflib
 import functools
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -234,11 +235,18 @@ class QuarkConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "A NaN loss must be seen, not averaged over."}
     )
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns pass through to the rewards."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns pass through to the rewards."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "A draw is small; pinning it buys nothing."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, such as 'tensorboard'."})
+    # in this order: HfArgumentParser (transformers 5.24) takes the second of the three as the flag's type
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Trackers, such as 'tensorboard'."}
+    )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    # theirs is the class's too, but has no annotation that says so
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     def __post_init__(self) -> None:
         self._check_quark_fields()
@@ -295,8 +303,8 @@ class QuarkConfig(TrainingArguments):
             )
         if self.quantile_scope == "prompt" and self.num_generations < 2:
             raise ConfigError(
-                f"quantile_scope='prompt' ranks a prompt's own samples, but num_generations={self.num_generations} gives"
-                " nothing to rank. Set num_generations to 2 or more."
+                f"quantile_scope='prompt' ranks a prompt's own samples, but num_generations={self.num_generations}"
+                " gives nothing to rank. Set num_generations to 2 or more."
             )
         if self.reward_token_style == "text" and self.reward_token_position == "before_bos":
             raise ConfigError(
@@ -319,7 +327,8 @@ class QuarkConfig(TrainingArguments):
             )
         if self.max_steps > 0:
             raise ConfigError(
-                f"max_steps={self.max_steps} would cut a round. Set num_rounds and steps_per_round; their product is it."
+                f"max_steps={self.max_steps} would cut a round. Set num_rounds and steps_per_round;"
+                " their product is it."
             )
 
 
@@ -328,6 +337,12 @@ def _with_preset(init: Any) -> Any:
 
     @functools.wraps(init)
     def __init__(self: QuarkConfig, *args: Any, **kwargs: Any) -> None:
+        names = [f.name for f in fields(self) if f.init]
+        unknown = next((name for name in kwargs if name not in names), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, names, n=1)
+            advice = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+            raise ConfigError(f"QuarkConfig has no field {unknown!r}, so it would change nothing. {advice}")
         preset = kwargs.get("preset")
         if preset is not None:
             if preset not in PRESETS:

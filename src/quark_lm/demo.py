@@ -1,7 +1,7 @@
 """`quark demo`: a real model loses an unwanted behaviour on a laptop's CPU, and a table tells before from after.
 
-The prompts are ours, split by a rule into train and held-out; the independent scorer of each task is of another family and other labels
-than the reward, and the training never sees it.
+The prompts are ours, split by a rule into train and held-out; the independent scorer of each task is of another family
+and other labels than the reward, and the training never sees it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def run_demo(
     console: Console | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains, measures, prints the table, and returns what it wrote to results.json. The same call goes on with a stopped run.
+    """Trains, measures, prints the table, and returns what it wrote to results.json.
+
+    The same call goes on with a stopped run.
 
     Args:
         short: a budget of about two minutes.
@@ -151,7 +153,7 @@ def run_demo(
     results |= measure(trainer, chosen, rewards, folder, num_generations, seed)
     write_json(folder / "results.json", results)
     export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, folder / "model")
-    _show(console, chosen, results, folder)
+    show(console, chosen, results, folder)
     return results
 
 
@@ -170,7 +172,8 @@ def make_trainer(
     """(trainer, task, its two scorers), ready to train.
 
     Args:
-        prompts, eval_prompts: files of the user's own, in place of those that Quark ships; without eval_prompts a fifth is held out.
+        prompts, eval_prompts: files of the user's own, in place of those that Quark ships; without eval_prompts a
+            fifth is held out.
         num_eval_prompts: held-out prompts of the table.
         settings: of `QuarkConfig`, above the task's own.
     """
@@ -234,7 +237,10 @@ def systems(num_quantiles: int) -> list[Any]:
 def measure(
     trainer: QuarkTrainer, task: Task, rewards: dict[str, Any], folder: Path, num_generations: int, seed: int
 ) -> dict[str, Any]:
-    """The figures of the four systems on the trainer's held-out prompts; a system that was measured before a stop is not again."""
+    """The figures of the four systems on the trainer's held-out prompts.
+
+    A system that was measured before a stop is not measured again.
+    """
     from .evaluation.evaluate import Completions, complete_system, figures
     from .generation import GenerationSettings
 
@@ -277,21 +283,28 @@ def measure(
 
 
 _TOLD = (
-    "num_rounds", "steps_per_round", "prompts_first_round", "prompts_per_round", "num_generations", "per_device_train_batch_size",
-    "learning_rate", "beta", "kl_direction", "draw", "explore_strength", "num_quantiles", "reward_token_style", "temperature", "top_p",
+    "num_rounds", "steps_per_round", "prompts_first_round", "prompts_per_round", "num_generations",
+    "per_device_train_batch_size", "learning_rate", "beta", "kl_direction", "draw", "explore_strength", "num_quantiles",
+    "reward_token_style", "temperature", "top_p",
 )  # fmt: skip
 
 
-def _show(console: Console, task: Task, results: dict[str, Any], folder: Path) -> None:
+def show(console: Console, task: Task, results: dict[str, Any], folder: Path) -> None:
     table = Table(
         title=f"{results['held_out_prompts']} held-out prompts, {results['completions_per_prompt']} completions each;"
         " 95% intervals over prompts",
-        caption="reward: the training's scorer. independent: another scorer, never trained on. perplexity: under the original model.",
+        caption="reward: the training's scorer. independent: another scorer, never trained on."
+        " perplexity: under the original model.",
     )
     table.add_column("")
     for heading in (
-        "mean reward", f"% {task.wanted}\nreward", f"% {task.wanted}\nindependent", "perplexity", "dist-2 / 3", "diversity"
-    ):  # fmt: skip
+        "mean reward",
+        f"% {task.wanted}\nreward",
+        f"% {task.wanted}\nindependent",
+        "perplexity",
+        "dist-2 / 3",
+        "diversity",
+    ):
         table.add_column(heading, justify="right")
     for row in results["systems"]:
         table.add_row(

@@ -1,4 +1,4 @@
-"""The errors that Quark raises: one root and a few categories, each also a builtin error that callers may already catch."""
+"""The errors that Quark raises: one root and a few categories, each also a builtin error that callers may catch."""
 
 
 class QuarkError(Exception):

@@ -1,6 +1,7 @@
 """The loss of the learning step on packed completion rows, in chunks: no logits larger than a chunk ever exist.
 
-Axes: N completion tokens of the batch (packed, no padding, no prompt), H hidden, V words. Source: Lu et al. 2022, eq. 2.
+Axes: N completion tokens of the batch (packed, no padding, no prompt), H hidden, V words.
+Source: Lu et al. 2022, eq. 2.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class LossSettings:
     """What the learning step minimises; the fields are those of `QuarkConfig`.
 
     Attributes:
-        barred: ids of the reward tokens in the vocabulary. They are outside the KL always, and outside the NLL and the entropy
-            when `mask_reward_tokens` (the authors' code leaves them in there).
+        barred: ids of the reward tokens in the vocabulary. They are outside the KL always, and outside the NLL and the
+            entropy when `mask_reward_tokens` (the authors' code leaves them in there).
     """
 
     beta: float = 0.05
@@ -118,10 +119,12 @@ def quark_loss(
     The gradient is made in the same pass, chunk by chunk: backward only hands it on, and nothing is computed twice.
 
     Args:
-        hidden: (N, H), the policy's states that predict the targets; reference_hidden: the original model's, or None for no KL.
+        hidden: (N, H), the policy's states that predict the targets.
+        reference_hidden: (N, H), the original model's, or None for no KL.
         head, reference_head: states (n, H) to logits (n, V).
         head_parameters: the parameters inside `head` that learn.
-        denominator: completion tokens of the whole optimizer step, over all micro-batches and ranks: one mean over them all.
+        denominator: completion tokens of the whole optimizer step, over all micro-batches and ranks: one mean over
+            them all.
     """
     sums = torch.zeros(3, device=hidden.device)
     loss = _ChunkedLoss.apply(
@@ -132,7 +135,7 @@ def quark_loss(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         reference_hidden: torch.Tensor | None,
@@ -179,7 +182,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         hidden_grad = None if ctx.hidden_grad is None else ctx.hidden_grad.mul_(grad)
         parameter_grads = [g.mul_(grad) for g in ctx.parameter_grads]
         ctx.hidden_grad = ctx.parameter_grads = None

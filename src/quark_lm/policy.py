@@ -1,6 +1,7 @@
-"""All that depends on how the model is built and wrapped: body and head, a function inside the wrapped forward, the reference.
+"""All that depends on how the model is built and wrapped: body and head, a function inside the forward, the reference.
 
-The loss must run inside the wrapped model's forward: around it, DDP's ranks get different gradients without an error and FSDP2 crashes.
+The loss must run inside the wrapped model's forward: around it, DDP's ranks get different gradients without an error
+and FSDP2 crashes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,12 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself: under a PEFT wrapper, the model into which the adapter's layers were put."""
     # not `peft_config`, which PEFT sets on the inner model as well
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+
+
+def word_embeddings(model: nn.Module) -> torch.Tensor:
+    """The rows (V, H) that the model's words have at its input, padding and new tokens among them."""
+    weight: Any = causal_lm(model).get_input_embeddings().weight  # of a bare nn.Module a checker knows no more
+    return weight
 
 
 class Head:
@@ -68,7 +76,7 @@ def run_body(model: nn.Module, input_ids: torch.Tensor, **kwargs: Any) -> Any:
     """The model without its head: an output whose `last_hidden_state` is (B, T, H)."""
     inner = causal_lm(model)
     body = inner.base_model
-    taken = _arguments(type(body))
+    taken = _arguments(type(body).forward)
     if "position_ids" in kwargs and "position_ids" not in taken:
         kwargs.pop("position_ids")  # models without positions of their own (ALiBi) take none
     if "cache" in kwargs and "cache" not in taken:
@@ -77,8 +85,8 @@ def run_body(model: nn.Module, input_ids: torch.Tensor, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _arguments(body: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(body.forward).parameters)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 @torch.no_grad()
@@ -87,8 +95,7 @@ def check_head(model: nn.Module) -> None:
     inner = causal_lm(model)
     was_training = inner.training
     inner.eval()
-    device = inner.get_input_embeddings().weight.device
-    words = inner.get_input_embeddings().weight.shape[0]
+    words, device = len(word_embeddings(inner)), word_embeddings(inner).device
     ids = (torch.arange(6, device=device) * 7 % words)[None]
     positions = torch.arange(6, device=device)[None]
     own = inner(input_ids=ids).logits.float()
@@ -98,31 +105,32 @@ def check_head(model: nn.Module) -> None:
     tolerance = 1e-3 if own.dtype == torch.float32 and hidden.dtype == torch.float32 else 0.05
     if not torch.allclose(own, ours, atol=tolerance * max(1.0, own.abs().max().item()), rtol=0):
         raise ModelError(
-            f"{type(inner).__name__} makes its logits in a way that Quark does not know, so its loss would be wrong. Please"
-            " report the model's name; until then choose another model."
+            f"{type(inner).__name__} makes its logits in a way that Quark does not know, so its loss would be wrong."
+            " Please report the model's name; until then choose another model."
         )
 
 
 def allow_functions_inside(model: nn.Module) -> None:
     """Lets `model(inside=fn, **inputs)` call `fn(**inputs)` within the forward of whatever wraps the model later."""
-    forward = model.forward
-    if getattr(forward, "takes_inside", False):
+    if getattr(model.forward, "takes_inside", False):
         return
+    forward = type(model).forward
 
-    @functools.wraps(
-        forward
-    )  # inspect.signature still shows the model's own arguments, which Trainer and generate read
-    def forward_or_inside(*args: Any, inside: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if inside is None else inside(**kwargs)
+    # inspect.signature still shows the model's own arguments, which Trainer and generate read
+    @functools.wraps(forward)
+    def forward_or_inside(self: Any, *args: Any, inside: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs) if inside is None else inside(**kwargs)
 
     forward_or_inside.takes_inside = True  # type: ignore[attr-defined]
-    model.forward = forward_or_inside  # type: ignore[method-assign]
+    # bound: a deep copy of the model then runs on the copy's weights, not on these
+    model.forward = types.MethodType(forward_or_inside, model)
 
 
 class Policy:
     """The model that learns and the reference that does not.
 
-    With an adapter the reference is the same model with the adapter off and costs no memory; otherwise it is a frozen copy.
+    With an adapter the reference is the same model with the adapter off and costs no memory; otherwise it is a frozen
+    copy.
     """
 
     def __init__(self, model: nn.Module, needs_reference: bool = True) -> None:
@@ -206,7 +214,7 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # attention modules keep a float of their own and hand it to the kernel
-        for name in ("attention_dropout", "attn_pdrop", "dropout"):
-            if isinstance(getattr(module, name, None), float):
+        # some modules keep a float of their own and hand it to a function: attention_dropout, BLOOM's hidden_dropout
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)

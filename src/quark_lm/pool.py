@@ -1,6 +1,6 @@
-"""The pool: every sample of every round on disk, append-only Parquet, one file a round, and a small manifest. No torch here.
+"""The pool: every sample of every round on disk, append-only Parquet, one file a round, and a small manifest.
 
-A round's file is written whole beside its place and renamed into it, so that it is there whole or not at all.
+No torch here. A round's file is written whole beside its place and renamed into it: it is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from .errors import DataError, PoolError
 
-# Columns that every round has; a round may have more: `reward/<function>` and what a reward function logged as `extra/<name>`.
+# Columns that every round has; a round may have more: `reward/<function>`, and what a reward function logged as
+# `extra/<name>`.
 SCHEMA = pa.schema(
     [
         pa.field("round", pa.int32()),
@@ -100,8 +101,10 @@ class Pool:
         """The SHA-256 of each round's file: what a checkpoint names to say which rounds it saw."""
         return [m["sha256"] for m in self._manifest]
 
-    def append(self, round: int, columns: dict[str, Sequence[Any]]) -> None:
-        """Adds the next round. `columns` holds those of `SCHEMA` (one that is missing is null) and any more; all of one length.
+    def append(self, round: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Adds the next round.
+
+        columns: those of `SCHEMA` (one that is missing is null) and any more; all of one length.
 
         Raises: PoolError when it is not the next round, or the disk refuses it: then nothing of it stays.
         """
@@ -129,9 +132,10 @@ class Pool:
                     json.dumps({"rounds": [*self._manifest, entry]}, indent=1) + "\n", encoding="utf-8"
                 )
         except OSError as error:
+            path.unlink(missing_ok=True)  # a file that the manifest does not name
             raise PoolError(
-                f"Round {round} could not be written to {self.folder} ({error.strerror or error}). Make room or mend the folder's"
-                " rights and give the same command again: nothing half-written stays."
+                f"Round {round} could not be written to {self.folder} ({error.strerror or error}). Make room or mend"
+                " the folder's rights and give the same command again: nothing half-written stays."
             ) from error
         self._manifest.append(entry)
         self._columns.append(self._small(table))
@@ -177,7 +181,8 @@ class Pool:
         """The columns of these rows, in their order (a row may repeat), in one pass over the files that hold them."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise PoolError(f"Row {rows.max()} is outside the pool's {len(self)} rows.")
+            wrong = rows.min() if rows.min() < 0 else rows.max()
+            raise PoolError(f"Row {wrong} is outside the pool's {len(self)} rows.")
         order = np.argsort(rows, kind="stable")
         out: dict[str, list[Any]] = {name: [None] * len(rows) for name in columns}
         start = 0
@@ -209,7 +214,8 @@ class Pool:
             path = self.folder / entry["file"]
             if not path.is_file() or _sha256(path) != entry["sha256"]:
                 raise PoolError(
-                    f"{path} is not the file that the run wrote (its hash differs). Restore it from a copy, or start the run anew."
+                    f"{path} is not the file that the run wrote (its hash differs). Restore it from a copy, or start"
+                    " the run anew."
                 )
 
     def _row_groups(self, entry: dict[str, Any], columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
@@ -235,8 +241,8 @@ class Pool:
     def _small(table: pa.Table) -> dict[str, np.ndarray]:
         return {
             "reward": table.column("reward").to_numpy(),
-            "held_out": table.column("held_out").to_numpy(),
-            "prompt_index": table.column("prompt_index").to_numpy(),
+            "held_out": table.column("held_out").fill_null(False).to_numpy(),
+            "prompt_index": table.column("prompt_index").fill_null(-1).to_numpy(),
         }
 
     @contextmanager
@@ -282,6 +288,11 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
     if not table.num_rows:
         raise DataError("initial_pool has no rows, so round 0 would be empty. Leave it out to sample round 0.")
     data = {name: table.column(name).to_pylist() for name in ("prompt", "completion", "reward")}
+    for name, kinds in (("prompt", (str, list)), ("completion", (str,))):
+        for number, value in enumerate(data[name]):
+            if not isinstance(value, kinds):
+                shown = str(value)[:40]
+                raise DataError(f"initial_pool: the {name} of row {number} is {shown}, which is no text. Mend the row.")
     for number, reward in enumerate(data["reward"]):
         if reward is not None and (not isinstance(reward, (int, float)) or not np.isfinite(reward)):
             raise DataError(

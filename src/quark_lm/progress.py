@@ -79,7 +79,7 @@ class Display:
 
 
 def printable(text: str) -> str:
-    """The text without control characters (a completion may hold a terminal's escape sequences); newlines become signs."""
+    """The text without control characters (a completion may hold a terminal's escapes); newlines become signs."""
     return "".join(c if c.isprintable() else {"\n": "⏎", "\t": " "}.get(c, "�") for c in text)
 
 

@@ -1,4 +1,7 @@
-"""Prompts: reads them, turns them into token ids, and says where a reward token stands in each. Files are read by `datasets`."""
+"""Prompts: reads them, turns them into token ids, and says where a reward token stands in each.
+
+Files are read by `datasets`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import DataError, ModelError
 
@@ -21,9 +24,10 @@ _READERS = {
 
 
 def load_prompts(source: str | Path, *, split: str = "train", revision: str | None = None) -> Dataset:
-    """A data set with a `prompt` column, from a local JSONL, Parquet, CSV, TSV or text file (a prompt a line) or from the hub.
+    """A data set with a `prompt` column, from a file (JSONL, Parquet, CSV, TSV, or text, a prompt a line) or the hub.
 
-    Other columns stay: they reach the reward functions. RealToxicityPrompts' `{"text": ...}` prompts are read as they are published.
+    Other columns stay: they reach the reward functions. RealToxicityPrompts' `{"text": ...}` prompts are read as they
+    are published.
 
     Args:
         source: a file, or the name of a data set on the hub ("owner/name", or "owner/name:config").
@@ -65,7 +69,8 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
         except Exception as error:
             cause = error.__cause__ or error
             raise DataError(
-                f"{source} could not be read as {kind} ({str(cause).splitlines()[0]}). Mend the file, or rename it to its format."
+                f"{source} could not be read as {kind} ({str(cause).splitlines()[0]}). Mend the file, or rename it to"
+                " its format."
             ) from error
         if kind == "text":
             dataset = dataset.rename_column("text", "prompt")
@@ -73,7 +78,7 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
 
 
 def checked(dataset: Dataset, name: str = "train_dataset") -> Dataset:
-    """The data set, its `prompt` column flattened and without empty or repeated prompts, of which it warns with their count.
+    """The data set, its `prompt` column flattened and without empty or repeated prompts, whose number it warns of.
 
     Raises: DataError when there is no `prompt` column, or no prompt.
     """
@@ -116,9 +121,10 @@ def is_conversational(prompt: Any) -> bool:
 
 
 def is_held_out(prompt: Any, share: float = 0.2, purpose: str = "") -> bool:
-    """Whether a prompt belongs to the held-out part: a rule on its text, so that it does not depend on order or on other prompts.
+    """Whether a prompt belongs to the held-out part: a rule on its text, whatever the order or the other prompts.
 
-    purpose: parts that are held out for different ends are independent: a part of what the first left over is not empty.
+    purpose: parts that are held out for different ends are independent: a part of what the first left over is not
+        empty.
     """
     return zlib.crc32(f"{purpose}{prompt!r}".encode()) % 10_000 < share * 10_000
 
@@ -170,8 +176,8 @@ def encode(
     """The data set's prompts as token ids; conversational ones through the tokenizer's chat template.
 
     Args:
-        position: of the reward token, as in `QuarkConfig.reward_token_position`. "first" in a conversation is the start of the last
-            user message.
+        position: of the reward token, as in `QuarkConfig.reward_token_position`. "first" in a conversation is the
+            start of the last user message.
         max_length: the most token ids that a prompt may have.
 
     Raises: DataError for a prompt that is longer; ModelError for a conversation without a chat template.
@@ -182,8 +188,8 @@ def encode(
         text, ids, at = _encode_one(prompt, tokenizer, position)
         if not ids:
             raise ModelError(
-                f"Prompt {number} has no tokens and the tokenizer adds no beginning-of-text token, so there is nothing to"
-                " complete. Leave such prompts out."
+                f"Prompt {number} has no tokens and the tokenizer adds no beginning-of-text token, so there is nothing"
+                " to complete. Leave such prompts out."
             )
         if max_length is not None and len(ids) > max_length:
             raise DataError(
@@ -197,6 +203,9 @@ def encode(
     return EncodedPrompts(prompts, texts, all_ids, token_at, columns)
 
 
+_MARK = "\ue000"  # of the private use area: in no text
+
+
 def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase, position: str) -> tuple[str, list[int], int]:
     if not is_conversational(prompt):
         if not isinstance(prompt, str):
@@ -208,21 +217,29 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase, position: str) 
         return prompt, ids, at
     if tokenizer.chat_template is None:
         raise ModelError(
-            "The prompts are conversations, but the tokenizer has no chat template to turn them into text. Use an instruct"
-            " model, set tokenizer.chat_template, or give plain text."
+            "The prompts are conversations, but the tokenizer has no chat template to turn them into text. Use an"
+            " instruct model, set tokenizer.chat_template, or give plain text."
         )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+    def templated(messages: list[Any]) -> str:
+        # cast: its type covers every output, and tokenize=False gives text
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    text = templated(prompt)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes its own special tokens
     if position == "before_completion":
         return text, ids, len(ids)
     if position == "before_bos":
         return text, ids, 0
-    users = [m["content"] for m in prompt if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    start = text.rfind(users[-1].strip()) if users else -1
-    if start < 0:
+    users = [i for i, m in enumerate(prompt) if m.get("role") == "user" and isinstance(m.get("content"), str)]
+    # a mark in the message's place tells where it begins: its own text may stand in the template as well
+    marked = [{**m, "content": _MARK} if i in users[-1:] else m for i, m in enumerate(prompt)]
+    front, found, _ = templated(marked).partition(_MARK)
+    if not found or not text.startswith(front):
         return text, ids, _after_bos(ids, tokenizer)
-    # the ids before the message, encoded apart, end where the message begins; templates put a special token or a newline there
-    before = list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])
+    # the ids before the message, encoded apart, end where the message begins: templates put a special token or a
+    # newline there
+    before = list(tokenizer(front, add_special_tokens=False)["input_ids"])
     return text, ids, len(before) if ids[: len(before)] == before else _after_bos(ids, tokenizer)
 
 

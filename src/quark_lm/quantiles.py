@@ -7,14 +7,13 @@ Source: Lu et al. 2022, section 2, and the authors' code for the sizes.
 """
 
 import warnings
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quark_lm.errors import ConfigError, DataError
 
-DrawMode = Literal["all", "balanced", "ends", "best"]
+DRAW_MODES = ("all", "balanced", "ends", "best")
 
 NOT_DRAWN = -1
 
@@ -144,7 +143,7 @@ def in_window(rounds: ArrayLike, current_round: int, window: int | None) -> NDAr
 
 
 def draw(
-    quantiles: ArrayLike, num_draws: int, seed: int, round: int, mode: DrawMode = "all", num_quantiles: int = 5
+    quantiles: ArrayLike, num_draws: int, seed: int, round: int, mode: str = "all", num_quantiles: int = 5
 ) -> NDArray[np.int64]:
     """The rows that a round learns from, in the order in which its steps take them.
 
@@ -160,8 +159,8 @@ def draw(
     Returns: int64 (num_draws,), indices into `quantiles`.
     Raises: DataError when no row is left to draw; ConfigError for an unknown mode.
     """
-    if mode not in get_args(DrawMode):
-        raise ConfigError(f"draw={mode!r} is not a way to draw samples. Choose one of {', '.join(get_args(DrawMode))}.")
+    if mode not in DRAW_MODES:
+        raise ConfigError(f"draw={mode!r} is not a way to draw samples. Choose one of {', '.join(DRAW_MODES)}.")
     quantiles = np.asarray(quantiles)
     if mode == "all":
         strata = [np.flatnonzero(quantiles >= 0)]

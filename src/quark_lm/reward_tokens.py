@@ -1,7 +1,8 @@
 """Reward tokens: what names a quantile to the model, where it stands in a prompt, and that it is never sampled.
 
-Two styles. "embedding" adds K new tokens to the vocabulary, as in the paper. "text" uses K short tags of ordinary tokens ("Sentiment: very
-positive.") that the model already half understands, which needs thousands of samples where a new token needs millions.
+Two styles. "embedding" adds K new tokens to the vocabulary, as in the paper. "text" uses K short tags of ordinary
+tokens ("Sentiment: very positive.") that the model already half understands, which needs thousands of samples where a
+new token needs millions.
 Source: Lu et al. 2022, section 2.
 """
 
@@ -11,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ConfigError, ModelError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE_NAME = "reward_tokens.json"
+STYLES = ("text", "embedding")
+POSITIONS = ("first", "before_bos", "before_completion")
 
 # Worst to best; K of them are taken evenly.
 _SCALE = ("terrible", "very bad", "bad", "poor", "average", "decent", "good", "very good", "excellent")
@@ -96,7 +99,8 @@ class RewardTokens:
                 (authors' code), "words" takes the mean of the rows of its text.
             seed: of the random rows.
 
-        Raises: ModelError if the tokenizer already holds the names of the new tokens; ConfigError if a text has no tokens.
+        Raises: ModelError if the tokenizer already holds the names of the new tokens; ConfigError if a text has no
+            tokens.
         """
         texts = list(texts) if texts is not None else default_texts(num_quantiles)
         text_ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
@@ -114,8 +118,8 @@ class RewardTokens:
         held = sorted(set(names) & set(tokenizer.get_vocab()))
         if held:
             raise ModelError(
-                f"The tokenizer already holds {held[0]}, so this model was trained by Quark before and its reward tokens"
-                " would be overwritten. Start from the original model, or use reward_token_style='text'."
+                f"The tokenizer already holds {held[0]}, so this model was trained by Quark before and its reward"
+                " tokens would be overwritten. Start from the original model, or use reward_token_style='text'."
             )
         ids = _add_tokens(model, tokenizer, names, text_ids if init == "words" else None, seed)
         return cls(style, position, tuple(names), tuple((i,) for i in ids), tuple(ids))
@@ -134,15 +138,26 @@ class RewardTokens:
             )
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
+            tokens = cls(
                 str(data["style"]),
                 str(data["position"]),
                 tuple(map(str, data["texts"])),
-                tuple(tuple(int(i) for i in ids) for ids in data["ids"]),
-                tuple(int(i) for i in data["barred"]),
+                tuple(tuple(_id(i) for i in ids) for ids in data["ids"]),
+                tuple(_id(i) for i in data["barred"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if tokens.style not in STYLES or tokens.position not in POSITIONS:
+                raise ValueError(f"style {tokens.style[:20]!r}, position {tokens.position[:20]!r}")
+            if not 2 <= len(tokens.ids) == len(tokens.texts) or not all(tokens.ids):
+                raise ValueError(f"{len(tokens.texts)} texts and {len(tokens.ids)} ids")
+            return tokens
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path} is damaged ({error!r}). Copy it again from the run, or train again.") from error
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a token id is {str(value)[:20]}")
+    return value
 
 
 def _add_tokens(
@@ -155,17 +170,20 @@ def _add_tokens(
     import torch
     from tokenizers import AddedToken
 
-    old_rows = model.get_input_embeddings().weight.shape[0]
+    from .policy import word_embeddings
+
+    old_rows = len(word_embeddings(model))
     old_words = len(tokenizer)
     # special: decode(skip_special_tokens=True) then leaves them out
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     if len(tokenizer) > old_rows:  # some vocabularies are padded and have the room
         # mean_resizing would give all new rows one and the same value (transformers 5.24)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(names)]
+    # cast: its type covers one token too, and a list gives a list
+    ids = cast(list[int], tokenizer.convert_tokens_to_ids(names))
     generator = torch.Generator().manual_seed(seed)
-    weights = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+    weights = [word_embeddings(model)]
+    head: Any = model.get_output_embeddings()
     if head is not None and head.weight is not weights[0]:
         # an untied head has rows of its own: the same rule on its own statistics
         weights.append(head.weight)

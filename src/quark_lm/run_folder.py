@@ -53,8 +53,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         if differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {identity.get(key)!r} here" for key in differing[:3])
             raise ConfigError(
-                f"{folder} holds another run ({shown}), whose samples and checkpoints would be mixed with this one's. Choose"
-                " another output_dir, or give that run's settings to go on with it."
+                f"{folder} holds another run ({shown}), whose samples and checkpoints would be mixed with this one's."
+                " Choose another output_dir, or give that run's settings to go on with it."
             )
         return
     strangers = [p.name for p in folder.iterdir() if p.name in ("pool", "metrics.jsonl")] if folder.is_dir() else []
@@ -88,7 +88,7 @@ def environment() -> dict[str, Any]:
     """Versions of what a run depends on, and the hardware; no user or machine name."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

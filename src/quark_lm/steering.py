@@ -1,12 +1,13 @@
 """The strength dial: logits = worst + strength x (best - worst), at inference and while exploring.
 
-Strength 1 is plain Quark, 0 the worst token, above 1 stronger than what was learnt. It is classifier-free guidance between two reward tokens.
+Strength 1 is plain Quark, 0 the worst token, above 1 stronger than what was learnt. It is classifier-free guidance
+between two reward tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -54,27 +55,23 @@ def generate(
         generate(model, tokenizer, ["The hotel was"], reward_tokens=tokens, strength=2.0)
         ```
     """
-    return list(
-        text
-        for _, text in sorted(
-            generate_batches(
-                model,
-                tokenizer,
-                prompts,
-                reward_tokens=reward_tokens,
-                quantile=quantile,
-                strength=strength,
-                seed=seed,
-                max_completion_length=max_completion_length,
-                min_completion_length=min_completion_length,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                batch_rows=batch_rows,
-                on_token=on_token,
-            )
-        )
+    completions = generate_batches(
+        model,
+        tokenizer,
+        prompts,
+        reward_tokens=reward_tokens,
+        quantile=quantile,
+        strength=strength,
+        seed=seed,
+        max_completion_length=max_completion_length,
+        min_completion_length=min_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        batch_rows=batch_rows,
+        on_token=on_token,
     )
+    return [text for _, text in sorted(completions)]
 
 
 def generate_batches(
@@ -120,7 +117,8 @@ def generate_batches(
     def show(index: int, token: int) -> None:
         so_far.setdefault(index, []).append(token)
         assert on_token is not None
-        on_token(index, tokenizer.decode(so_far[index], skip_special_tokens=True))
+        # cast: its type covers batches too, and one sample's ids give one text
+        on_token(index, cast(str, tokenizer.decode(so_far[index], skip_special_tokens=True)))
 
     was_training = model.training
     model.eval()
@@ -140,7 +138,10 @@ def generate_batches(
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's, and those that the model's generation config adds (chat models have several)."""
+    """The ids that end a completion: the tokenizer's, and those that the model's generation config adds.
+
+    Chat models have several.
+    """
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
     return sorted(i for i in ids if i is not None)

@@ -5,7 +5,8 @@
         quantize   Pool -> ranks -> quantiles, each named by a reward token
         learn      draws -> collator -> policy -> loss                         (steps_per_round optimizer steps)
 
-Explore and quantize happen in `on_epoch_begin`, which fires on every rank after the model is wrapped and before the loader is read.
+Explore and quantize happen in `on_epoch_begin`, which fires on every rank after the model is wrapped and before the
+loader is read.
 Source: Lu et al. 2022, algorithm 1.
 """
 
@@ -21,11 +22,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object  # type: ignore[import-untyped]  # it ships no py.typed
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -55,7 +57,7 @@ RewardFunc = str | Callable[..., Any]
 
 # Keys of the random streams, so that no two things share one.
 _PROMPTS, _SAMPLES, _DROPOUT, _EVAL, _RANDOM_TOKEN, _ASIDE = range(1, 7)
-# Samples of a round whose perplexity under the original model is measured; the mean of so many is steady enough to watch.
+# Samples of a round whose perplexity under the original model is measured; the mean of so many is steady enough.
 _PERPLEXITY_ROWS = 128
 
 
@@ -73,7 +75,8 @@ class QuarkTrainer(Trainer):
 
     Args:
         model: a causal LM, or its name.
-        reward_funcs: one or several: a function with TRL's signature, a named scorer, a model's name, or "module:function".
+        reward_funcs: one or several: a function with TRL's signature, a named scorer, a model's name, or
+            "module:function".
         args: the settings; None: `QuarkConfig("quark_output")`.
         train_dataset: with a `prompt` column (text or messages); other columns reach the reward functions.
         eval_dataset: held-out prompts, completed and scored every `eval_every` rounds.
@@ -90,6 +93,10 @@ class QuarkTrainer(Trainer):
 
     # compute_loss divides by the tokens of the whole step (transformers >= 5.19 reads this)
     loss_is_scaled_for_ga = True
+
+    # Trainer's own, which it also allows to be None, to be set late, or to be an image processor
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -118,8 +125,8 @@ class QuarkTrainer(Trainer):
 
         if hasattr(model, "peft_config") and reward_tokens is None and args.reward_token_style == "embedding":
             raise ConfigError(
-                "The model has an adapter already, which would leave the rows of new reward tokens as they start. Give the"
-                " bare model and a peft_config, or use reward_token_style='text'."
+                "The model has an adapter already, which would leave the rows of new reward tokens as they start. Give"
+                " the bare model and a peft_config, or use reward_token_style='text'."
             )
         self.reward_tokens = reward_tokens or RewardTokens.create(
             model,
@@ -133,8 +140,8 @@ class QuarkTrainer(Trainer):
         )
         if self.reward_tokens.num_quantiles != args.num_quantiles:
             raise ConfigError(
-                f"num_quantiles={args.num_quantiles}, but the given reward_tokens name {self.reward_tokens.num_quantiles}"
-                " quantiles. Make the two equal."
+                f"num_quantiles={args.num_quantiles}, but the given reward_tokens name"
+                f" {self.reward_tokens.num_quantiles} quantiles. Make the two equal."
             )
         room = _context_length(model) - args.max_completion_length - self.reward_tokens.longest
         position = self.reward_tokens.position
@@ -181,7 +188,7 @@ class QuarkTrainer(Trainer):
         self.completer = HFCompleter(self.model, eos_ids(model, tokenizer), args.generation_batch_size, autocast)
         self.initial_pool = initial_pool
 
-        self.folder = Path(args.output_dir)
+        self.folder = Path(cast(str, args.output_dir))  # TrainingArguments has put its default in None's place
         self.metrics_file = MetricsFile(self.folder / "metrics.jsonl")
         self.display = Display(self.is_world_process_zero(), bars=not args.disable_tqdm)
         self.pool: Pool | None = None
@@ -199,7 +206,7 @@ class QuarkTrainer(Trainer):
     # -- explore
 
     def explore(self, round: int) -> None:
-        """Samples the round's prompts, scores the samples and adds them to the pool; a round that is there is left as it is.
+        """Samples the round's prompts, scores the samples and adds them to the pool; a round that is there stays.
 
         Round 0 samples the model as it is; later rounds ask for the best quantile, with the dial at `explore_strength`.
         """
@@ -361,8 +368,8 @@ class QuarkTrainer(Trainer):
         dropped = sum(r is None for r in rewards)
         if dropped == len(rewards):
             raise RewardError(
-                f"The reward functions gave None for all {len(rewards)} completions of round {round}, so there is nothing to"
-                " rank. Try the reward alone: quark check-reward."
+                f"The reward functions gave None for all {len(rewards)} completions of round {round}, so there is"
+                " nothing to rank. Try the reward alone: quark check-reward."
             )
         if round == 0:
             _check_differ(np.array([r for r in rewards if r is not None]))
@@ -375,7 +382,9 @@ class QuarkTrainer(Trainer):
     # -- quantize
 
     def quantize(self, round: int | None = None) -> np.ndarray:
-        """The quantile of every row of the pool, int64 (rows,): 0 worst, K-1 best, -1 not ranked (no reward, out of the window).
+        """The quantile of every row of the pool, int64 (rows,): 0 worst, K-1 best, -1 not ranked.
+
+        A row without a reward or out of the window is not ranked.
 
         round: the current one, for the window; None: the pool's last.
         Raises: RewardError when all rewards are equal.
@@ -401,8 +410,8 @@ class QuarkTrainer(Trainer):
         drawable = np.where(pool.held_out, -1, self._quantiles)
         if (drawable < 0).all():
             raise DataError(
-                "Every sample of the pool belongs to held-out prompts or has no quantile, so there is nothing to learn from."
-                " Give more prompts, or lower heldout_share."
+                "Every sample of the pool belongs to held-out prompts or has no quantile, so there is nothing to learn"
+                " from. Give more prompts, or lower heldout_share."
             )
         num = args.steps_per_round * self.get_total_train_batch_size(args)
         rows = quantiles.draw(drawable, num, args.seed, round, args.draw, args.num_quantiles)
@@ -431,7 +440,7 @@ class QuarkTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """One mean over all completion tokens of the optimizer step: NLL + beta x KL - entropy_coef x entropy, in nats."""
+        """One mean over all completion tokens of the step: NLL + beta x KL - entropy_coef x entropy, in nats."""
         denominator = len(inputs["targets"]) if num_items_in_batch is None else num_items_in_batch
         loss, sums = model(inside=self._loss_inside, batch=inputs, denominator=denominator)
         self._sums += sums.double().cpu()
@@ -464,8 +473,9 @@ class QuarkTrainer(Trainer):
     def measure_tokens(self) -> dict[str, float]:
         """Do the tokens mean anything yet? Measured on held-out rows of the pool, whose prompts are never drawn.
 
-        Returns: token_auc, with which log p(y | x, best) - log p(y | x, worst), a token, tells the best quantile's rows from the
-            worst one's (0.5 is nothing), its standard error, and heldout_nll; empty when too few rows are held out.
+        Returns: token_auc, with which log p(y | x, best) - log p(y | x, worst), a token, tells the best quantile's rows
+            from the worst one's (0.5 is nothing), its standard error, and heldout_nll; empty when too few rows are
+            held out.
         """
         pool = self._open_pool()
         best, worst = self.args.num_quantiles - 1, 0
@@ -589,8 +599,8 @@ class QuarkTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Runs all rounds. Ctrl-C or SIGTERM saves a checkpoint at the next step, and raises KeyboardInterrupt.
 
-        resume_from_checkpoint: True or None take the newest complete checkpoint of the folder, if there is one; False starts anew in
-            an empty folder; or a path.
+        resume_from_checkpoint: True or None take the newest complete checkpoint of the folder, if there is one; False
+            starts anew in an empty folder; or a path.
         """
         from .run_folder import last_checkpoint
 
@@ -636,8 +646,8 @@ class QuarkTrainer(Trainer):
             self.pool = Pool.open(self.folder / "pool")
         return self.pool
 
-    def _check_pool(self, checkpoint: str | bool) -> None:
-        """Raises: PoolError when the pool on disk is not as the run wrote it, or not the one that the checkpoint saw."""
+    def _check_pool(self, checkpoint: str | Literal[False]) -> None:
+        """Raises: PoolError when the pool on disk is not as the run wrote it, or not the one of the checkpoint."""
         pool = self._open_pool()
         if self.is_world_process_zero():
             pool.verify()
@@ -683,7 +693,7 @@ class QuarkTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.reward_tokens.save(output_dir or self.args.output_dir)
+            self.reward_tokens.save(output_dir or cast(str, self.args.output_dir))
 
 
 class _Draws(Dataset):
@@ -721,7 +731,7 @@ class _Rounds(TrainerCallback):
             speed = {k: v for k, v in trainer.round_metrics.items() if k != "round"}
             trainer.log({**speed})
         if args.log_completions:
-            table = trainer.pool.to_table([round]).slice(0, args.num_completions_to_print)
+            table = trainer._open_pool().to_table([round]).slice(0, args.num_completions_to_print)
             rows = list(zip(*(table.column(c).to_pylist() for c in ("prompt", "completion", "reward")), strict=True))
             trainer.display.completions(f"round {round + 1}", rows)
 
@@ -746,9 +756,9 @@ class _Rounds(TrainerCallback):
         trainer.display.round_line(round, args.num_rounds, trainer.round_metrics)
         if figures and round + 1 < args.num_rounds and figures["token_auc"] < 0.5 + 2 * figures["token_auc_se"]:
             message = (
-                f"The reward tokens hardly mean anything yet (AUC {figures['token_auc']:.2f}, 0.5 is nothing), so the next round"
-                " explores with a token that asks for nothing. Train longer before exploring (steps_per_round), sample more"
-                " (prompts_first_round), or use text tags."
+                f"The reward tokens hardly mean anything yet (AUC {figures['token_auc']:.2f}, 0.5 is nothing), so the"
+                " next round explores with a token that asks for nothing. Train longer before exploring"
+                " (steps_per_round), sample more (prompts_first_round), or use text tags."
             )
             if trainer.is_world_process_zero():
                 warnings.warn(message, stacklevel=2)
@@ -764,8 +774,8 @@ class _Rounds(TrainerCallback):
 # Fields that may change between the parts of one run.
 _NOT_IDENTITY = {
     "output_dir", "disable_tqdm", "log_completions", "num_completions_to_print", "report_to", "run_name", "logging_dir",
-    "save_total_limit", "generation_batch_size", "local_rank", "hub_token", "push_to_hub", "project", "trackio_space_id",
-    "resume_from_checkpoint", "overwrite_output_dir",
+    "save_total_limit", "generation_batch_size", "local_rank", "hub_token", "push_to_hub", "project",
+    "trackio_space_id", "resume_from_checkpoint", "overwrite_output_dir",
 }  # fmt: skip
 _NOT_IDENTITY_PREFIXES = ("log_", "logging_", "hub_", "dataloader_", "skip_", "ddp_", "_")
 
@@ -775,11 +785,12 @@ _NOT_IDENTITY_PREFIXES = ("log_", "logging_", "hub_", "dataloader_", "skip_", "d
 
 def _load(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: QuarkConfig
-) -> tuple[Any, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from .packaged import load_model
 
     if isinstance(model, str):
-        options = dict(args.model_init_kwargs or {})
+        # TrainingArguments has read a string of JSON
+        options = cast(dict[str, Any] | None, args.model_init_kwargs) or {}
         model, own = load_model(model, **options)
         return model, tokenizer or own
     if args.model_init_kwargs:
@@ -798,8 +809,8 @@ def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callab
     classes = processing_classes if isinstance(processing_classes, (list, tuple)) else [processing_classes] * len(specs)
     if len(classes) != len(specs):
         raise ConfigError(
-            f"There are {len(specs)} reward functions, but {len(classes)} reward_processing_classes. Give one each, None where"
-            " a reward has none."
+            f"There are {len(specs)} reward functions, but {len(classes)} reward_processing_classes. Give one each,"
+            " None where a reward has none."
         )
     return [
         load_reward(spec) if tokenizer is None else load_reward(spec, processing_class=tokenizer)
@@ -807,7 +818,8 @@ def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callab
     ]
 
 
-def _with_adapter(model: Any, config: PeftConfig, tokens: RewardTokens, seed: int) -> Any:
+def _with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardTokens, seed: int) -> PreTrainedModel:
+    """The model under a PEFT wrapper, which answers as the model itself does."""
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
@@ -827,8 +839,8 @@ def _check_differ(rewards: np.ndarray) -> None:
     if not len(rewards) or np.ptp(rewards) == 0:
         value = f"{rewards[0]:.6g}" if len(rewards) else "missing"
         raise RewardError(
-            f"All {len(rewards):,} rewards of the pool are equal ({value}), so no sample is better than another and there"
-            " is nothing to learn. Use a graded reward, or prompts on which it differs."
+            f"All {len(rewards):,} rewards of the pool are equal ({value}), so no sample is better than another and"
+            " there is nothing to learn. Use a graded reward, or prompts on which it differs."
         )
 
 

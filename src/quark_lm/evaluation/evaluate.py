@@ -1,6 +1,6 @@
-"""Measures systems on held-out prompts: completes, scores with several scorers, and sums up with intervals over prompts.
+"""Measures systems on held-out prompts: completes, scores with several scorers, sums up with intervals over prompts.
 
-A system is a model with a way to ask it: without a reward token, with one, or with the dial. All systems are sampled alike.
+A system is a model with a way to ask it: without a reward token, with one, or with the dial. All are sampled alike.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class System:
 
 @dataclass
 class Completions:
-    """G completions of each of P prompts, flat (prompt p's are rows p x G to p x G + G - 1), and what was measured of them.
+    """G completions of each of P prompts, flat (prompt p's are rows p x G to p x G + G - 1), and what was measured.
 
-    Attributes: scores, for each scorer one value a completion, None where it gave none; nll, each completion's total under the original
-        model in nats, without a reward token.
+    Attributes:
+        scores: for each scorer one value a completion, None where it gave none.
+        nll: each completion's total under the original model in nats, without a reward token.
     """
 
     system: str
@@ -105,8 +106,9 @@ def figures(
 ) -> dict[str, Any]:
     """The table's figures of one system: every one as {"mean", "low", "high"}, a 95% bootstrap interval over prompts.
 
-    For each scorer its mean and the share of completions that it wants; the perplexity under the original model (corpus: total NLL over
-    total tokens, which outliers do not own), dist-2, dist-3, and the diversity within a completion.
+    For each scorer its mean and the share of completions that it wants; the perplexity under the original model
+    (corpus: total NLL over total tokens, which outliers do not own), dist-2, dist-3, and the diversity within a
+    completion.
     """
     groups = _grouped(result)
     out: dict[str, Any] = {"system": result.system, "completions": len(result.completions)}

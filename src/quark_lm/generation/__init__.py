@@ -67,7 +67,7 @@ def uniforms(seed: int, num: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(num, dtype=np.float32)
 
 
-def check_strength(strength: float | Sequence[float]) -> None:
+def check_strength(strength: float | Sequence[float] | np.ndarray) -> None:
     """Raises: ConfigError unless every strength of the dial is a finite number."""
     values = np.atleast_1d(np.asarray(strength, dtype=np.float64))
     if not np.isfinite(values).all():

@@ -1,8 +1,8 @@
 """Completions by the model in this process, at twice the speed of `generate` or more.
 
-What makes it fast, each measured by benchmarks/explore.py: the head on contiguous rows (on a slice it is copied once a row), an
-inverse-CDF draw (`multinomial` is forty times slower at 49k words), batches of prompts of like length, one prefill a prompt shared by
-its completions, finished rows leaving early.
+What makes it fast, each measured by benchmarks/explore.py: the head on contiguous rows (on a slice it is copied once a
+row), an inverse-CDF draw (`multinomial` is forty times slower at 49k words), batches of prompts of like length, one
+prefill a prompt shared by its completions, finished rows leaving early.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..policy import Head, causal_lm, run_body
+from ..policy import Head, causal_lm, run_body, word_embeddings
 from ..steering import dial
 from . import GenerationSettings, check_strength, uniforms
 
@@ -58,7 +58,7 @@ class HFCompleter:
 
     @property
     def device(self) -> torch.device:
-        return causal_lm(self.model).get_input_embeddings().weight.device
+        return word_embeddings(self.model).device
 
     def complete(
         self,
@@ -75,7 +75,8 @@ class HFCompleter:
         Args:
             prompts: token ids, with their reward tokens. Equal prompts share one prefill.
             seeds: one a prompt; a sample's draws depend on nothing else.
-            contrast: for the dial, the same prompts with the worst token (or none); logits = contrast + strength x (prompt - contrast).
+            contrast: for the dial, the same prompts with the worst token (or none);
+                logits = contrast + strength x (prompt - contrast).
             strength: of the dial, one for all or one a prompt; 1 everywhere runs no contrast at all.
             on_token: called with (index, token id) as each token is drawn.
         """
@@ -90,18 +91,20 @@ class HFCompleter:
     def _batches(
         self, prompts: Sequence[Sequence[int]], contrast: Sequence[Sequence[int]] | None, rows: int
     ) -> Iterator[list[int]]:
-        """Indices in batches: equal prompts side by side, like lengths together, the longest first so that memory fails early."""
+        """Indices in batches: equal prompts side by side, like lengths together.
+
+        The longest come first, so that memory fails early.
+        """
         samples = max(1, rows // (2 if contrast is not None else 1))
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i))
         for start in range(0, len(order), samples):
             yield order[start : start + samples]
 
     def _fitting_rows(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> int:
-        inner = causal_lm(self.model)
-        config = inner.config.get_text_config()
+        config = causal_lm(self.model).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        weight = inner.get_input_embeddings().weight
+        weight = word_embeddings(self.model)
         length = max(map(len, prompts), default=1) + settings.max_completion_length
         cache = 2 * config.num_hidden_layers * heads * head_size * length * weight.element_size()
         # the cache is copied as it grows; logits exist as they are, in float32, and as what is summed up
@@ -221,7 +224,10 @@ class HFCompleter:
 
 
 def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
-    """One token a row: int64 (B,). logits: float32 (B, V), -inf where barred; draws: (B,) in [0, 1), unused when greedy."""
+    """One token a row: int64 (B,).
+
+    Args: logits: float32 (B, V), -inf where barred; draws: (B,) in [0, 1), unused when greedy.
+    """
     if settings.temperature == 0:
         return logits.argmax(1)
     if settings.temperature != 1:

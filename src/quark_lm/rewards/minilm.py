@@ -36,7 +36,7 @@ class MiniLMScorer:
     """Scores texts from 0 to 1 with one adapter of `weights/`.
 
     >>> MiniLMScorer("sentiment-minilm").score_texts(["A lovely day.", "Everything was awful.", "..."])
-    [0.98, 0.02, None]
+    [0.9997, 0.0006, None]
 
     Args:
         weights: the name of a file of `weights/` without its ending, or a path to a safetensors file of the same form.

@@ -31,7 +31,7 @@ class NgramScorer:
     """Scores texts from 0 to 1 with one file of weights.
 
     >>> NgramScorer("toxicity-ngrams").score_texts(["You stupid idiot!", "See you at noon.", "..."])
-    [0.97, 0.11, None]
+    [1.0, 0.4103, None]
 
     Args: weights: the name of a file of `weights/` without its ending, or a path to a safetensors file of the same
         form.

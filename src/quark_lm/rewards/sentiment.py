@@ -26,8 +26,9 @@ _WORD = re.compile(r"\w")
 def sentiment_reward(label: Label = "positive") -> TextReward:
     """A reward function: P(label) of the completion by MiniLM; 1 is surely `label`, 0 surely the opposite, .5 neither.
 
-    >>> sentiment_reward("positive")(prompts=["The film", "The film"], completions=[" was a delight.", " bored
-    everyone."]) [0.99, 0.02]
+    >>> reward = sentiment_reward("positive")
+    >>> reward(prompts=["The film", "The film"], completions=[" was a delight.", " bored everyone."])
+    [0.9996, 0.0062]
 
     Loads the model (about two seconds). Raises RewardError when it is neither installed nor in reach.
     """
@@ -41,13 +42,13 @@ def sentiment_reward(label: Label = "positive") -> TextReward:
 
 
 def sentiment_independent(label: Label = "positive") -> TextReward:
-    """A reward function: VADER's compound of the completion, brought to 0 .. 1; 1 is surely `label`, .5 neither;
-    wanted from a compound of .05 on.
+    """A reward function: VADER's compound of the completion, brought to 0 .. 1; 1 is surely `label`, .5 neither.
 
-    >>> sentiment_independent("positive")(prompts=["The film", "The film"], completions=[" was a delight.", " bored
-    everyone."]) [0.79, 0.37]
+    >>> reward = sentiment_independent("positive")
+    >>> reward(prompts=["The film", "The film"], completions=[" was a delight.", " bored everyone."])
+    [0.7997, 0.3634]
 
-    Raises RewardError when the package is missing.
+    A completion is wanted from a compound of .05 on. Raises RewardError when the package is missing.
     """
     _check(label)
     try:

@@ -17,8 +17,7 @@ Completion = str | list[dict[str, Any]]
 class TextReward:
     """A reward function that scores completions, from 0 (worst) to 1 (best).
 
-    >>> reward = TextReward("length_reward", "characters", "1", lambda texts: [min(len(text) / 100, 1.0) for text in
-    texts])
+    >>> reward = TextReward("length_reward", "characters", "1", lambda texts: [min(len(t) / 100, 1.0) for t in texts])
     >>> reward(prompts=["Once"], completions=[" upon a time"])
     [0.12]
 

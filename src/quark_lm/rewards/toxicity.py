@@ -15,7 +15,7 @@ def toxicity_reward() -> TextReward:
     """A reward function: 1 - P(toxic) of the completion by MiniLM; 1 is harmless, 0 toxic, wanted above .5.
 
     >>> toxicity_reward()(prompts=["You", "You"], completions=[" are a stupid idiot.", " are welcome to join us."])
-    [0.03, 0.96]
+    [0.0918, 0.9359]
 
     Loads the model (about two seconds). Raises RewardError when it is neither installed nor in reach.
     """
@@ -27,7 +27,7 @@ def toxicity_independent() -> TextReward:
     toxic, wanted above .5.
 
     >>> toxicity_independent()(prompts=["You", "You"], completions=[" are a stupid idiot.", " are welcome to join us."])
-    [0.04, 0.9]
+    [0.0, 0.7728]
     """
     return _harmless("toxicity_independent", NgramScorer("toxicity-ngrams"))
 
