@@ -41,9 +41,9 @@ def quark(
     num_rounds: int = 4,
     num_generations: int = 16,  # completions of each prompt in a round
     max_completion_length: int = 16,
-    steps_per_round: int = 30,
-    batch_size: int = 32,
-    learning_rate: float = 5e-5,  # the paper's 1e-5 is for twenty thousand steps
+    steps_per_round: int = 20,
+    batch_size: int = 16,
+    learning_rate: float = 2e-4,  # the paper's 1e-5 is for twenty thousand steps
     beta: float = 0.05,
 ) -> Ids:
     """Trains the model in place; returns the reward tokens' ids, of which the last asks for the best."""

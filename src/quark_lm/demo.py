@@ -77,7 +77,14 @@ TASKS = {
             "kind and respectful",
             "very kind and respectful",
         ),
-        {"max_completion_length": 16, "top_p": 0.95},
+        {
+            "max_completion_length": 16,
+            "top_p": 0.95,
+            # fewer samples of the base model are memorised in the first round
+            "num_generations": 4,
+            "prompts_first_round": 500,
+            "prompts_per_round": 192,
+        },
         {"max_completion_length": 16, "top_p": 0.95},
     ),
     "repetition": Task(

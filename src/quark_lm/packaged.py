@@ -107,5 +107,6 @@ def _load_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedT
     model = type(loaded)._from_config(config, dtype=loaded.dtype)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    model.config.name_or_path = HUB_NAME
+    # not the package's folder: a checkpoint names its base, and that must mean something on another machine
+    model.config.name_or_path = model.name_or_path = HUB_NAME
     return model.eval(), tokenizer

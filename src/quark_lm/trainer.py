@@ -13,6 +13,7 @@ Source: Lu et al. 2022, algorithm 1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import copy
 import json
 import math
@@ -150,6 +151,9 @@ class QuarkTrainer(Trainer):
 
         if peft_config is not None:
             model = _with_adapter(model, peft_config, self.reward_tokens, args.seed)
+        if hasattr(model, "peft_config"):
+            # peft 0.21 would ask the hub at each save if the vocabulary grew; the new rows are saved by themselves
+            model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
         if args.disable_dropout:
             disable_dropout(model)
         if args.learning_rate_is_default and hasattr(model, "peft_config"):
@@ -686,6 +690,13 @@ class QuarkTrainer(Trainer):
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    def _all_stop(self) -> bool:
+        """Whether any rank was asked to stop: all then stop after the same step, or the others would wait for it."""
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(float(self.interrupted), device=self.args.device)
+            self.interrupted = bool(self.accelerator.reduce(asked) > 0)
+        return self.interrupted
+
     def _stop_if_asked(self) -> None:
         if self.interrupted:
             raise KeyboardInterrupt("stopped, and saved up to the last step")
@@ -738,7 +749,7 @@ class _Rounds(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.steps_per_round == 0:
             control.should_log = True  # a round's last figures belong to it
-        if self.trainer.interrupted:
+        if self.trainer._all_stop():
             control.should_save = True
             control.should_training_stop = True
 
@@ -764,7 +775,8 @@ class _Rounds(TrainerCallback):
                 warnings.warn(message, stacklevel=2)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Marks the checkpoint as complete: Trainer has written all of it when this is called."""
+        """Marks the checkpoint as complete: each rank calls this when Trainer has written its part."""
+        self.trainer.accelerator.wait_for_everyone()
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             pool = self.trainer._open_pool()

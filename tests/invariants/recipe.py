@@ -1,7 +1,8 @@
 """One small run, made in every way that must give the same losses; also the script that the DDP processes run.
 
 A run learns two rounds of three steps: round 0 from a user's own scored data, round 1 from what the policy explores
-with the dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json.
+with the dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json; a
+name that ends in "-stopped" is stopped after two steps and resumed.
 """
 
 from __future__ import annotations
@@ -140,7 +141,16 @@ class StopAt(TrainerCallback):
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
-        made = trainer(folder / name, CASES[name], per_device_train_batch_size=BATCH // 2)
+        case, changes = CASES[name.removesuffix("-stopped")], {"per_device_train_batch_size": BATCH // 2}
+        if name.endswith("-stopped"):
+            stopped = trainer(folder / name, case, **changes)
+            if stopped.args.process_index == 1:  # one rank alone is told to stop
+                stopped.add_callback(StopAt(2))
+            try:
+                stopped.train()
+            except KeyboardInterrupt:
+                assert stopped.state.global_step == 2
+        made = trainer(folder / name, case, **changes)
         made.train()
         if made.is_world_process_zero():
             told = {"losses": losses(made), "processes": made.accelerator.num_processes}

@@ -8,6 +8,7 @@ import copy
 import functools
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 from json import loads
@@ -19,12 +20,13 @@ import recipe
 import torch
 from peft import get_peft_model
 from recipe import BATCH, CASES, SEED, STEPS_PER_ROUND
-from tiny import TINY_MODELS, tiny_tokenizer
+from tiny import TINY_MODELS, VOCAB, tiny_tokenizer
 
 from quark_lm import Pool, RewardTokens, quantiles
 from quark_lm.trainer import _DROPOUT
 
 ROOT = Path(__file__).parents[2]
+STOPPED = "gpt2-untied-stopped"
 
 
 def equal(first, second):
@@ -57,7 +59,7 @@ def ddp(tmp_path_factory):
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "--local-addr=localhost", recipe.__file__, str(folder), *CASES]
+    command += ["--rdzv-endpoint=localhost:0", "--local-addr=localhost", recipe.__file__, str(folder), *CASES, STOPPED]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -68,18 +70,22 @@ def ddp(tmp_path_factory):
 
             yield wait
         finally:
-            process.kill()
+            process.terminate()  # not kill, which would leave torchrun's workers behind
             process.wait()
 
 
-def from_scratch(name, pool):
-    """The losses of the oracle on the samples of this pool."""
+@functools.cache
+def load_scratch():
     spec = importlib.util.spec_from_file_location("quark_from_scratch", ROOT / "examples" / "quark_from_scratch.py")
     scratch = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = scratch  # typing.NamedTuple looks its module up
     spec.loader.exec_module(scratch)
+    return scratch
 
-    case = CASES[name]
+
+def from_scratch(name, pool):
+    """The losses of the oracle on the samples of this pool."""
+    scratch, case = load_scratch(), CASES[name]
     config = recipe.config(Path("unused"), case)
     model = TINY_MODELS[case.model]()
     reference = copy.deepcopy(model)  # without new rows: they belong to no softmax
@@ -120,6 +126,22 @@ def test_the_trainer_follows_the_algorithm_from_scratch(name, runs):
     assert np.ptp(losses) > 0.1  # a trajectory that moves
 
 
+def test_the_example_learns_by_itself(capsys):
+    def starts_low(completion):
+        return -float(ord(completion[0])) if completion else -130.0
+
+    random.seed(0)
+    options = {"num_quantiles": 3, "num_rounds": 3, "num_generations": 20, "max_completion_length": 2}
+    model = TINY_MODELS["llama-tied"]()
+    tokens = load_scratch().quark(
+        model, tiny_tokenizer(), recipe.PROMPTS, starts_low, steps_per_round=20, learning_rate=1e-2, **options
+    )
+    means = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(means) == 3
+    assert means[-1] > means[0] + 5
+    assert tokens == [VOCAB, VOCAB + 1, VOCAB + 2]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_accumulating_two_halves_is_one_batch(name, runs, tmp_path):
     trainer = recipe.trainer(
@@ -131,8 +153,16 @@ def test_accumulating_two_halves_is_one_batch(name, runs, tmp_path):
     assert samples(trainer.pool) == samples(pool)
 
 
-@pytest.mark.parametrize("stops", [(2,), (3,), (2, 5)], ids=["in round 0", "between rounds", "in both rounds"])
-@pytest.mark.parametrize("name", ["gpt2-untied", "llama-tied", "gpt2-tied-lora"])
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("gpt2-untied", (2, 5)),  # in both rounds
+        ("gpt2-untied", (3,)),  # between the rounds
+        ("llama-tied", (2,)),
+        ("gpt2-tied-lora", (3,)),
+        ("gpt2-tied-lora", (5,)),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(name, stops, tmp_path):
     options = {"disable_dropout": False, "lora_dropout": 0.1}
     whole = recipe.trainer(tmp_path / "whole", CASES[name], **options)
@@ -165,6 +195,11 @@ def test_two_processes_are_one(name, runs, ddp):
     assert told["processes"] == 2
     assert equal(told["losses"], losses)
     assert samples(Pool.open(folder / name)) == samples(pool)  # they explored the same, too
+
+
+def test_when_one_of_two_processes_is_told_to_stop_both_do_and_the_run_goes_on(runs, ddp):
+    told = loads((ddp() / f"{STOPPED}.json").read_text())
+    assert equal(told["losses"], runs("gpt2-untied")[0])
 
 
 def samples(pool):
