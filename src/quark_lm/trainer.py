@@ -13,8 +13,8 @@ Source: Lu et al. 2022, algorithm 1.
 from __future__ import annotations
 
 import contextlib
-import functools
 import copy
+import functools
 import json
 import math
 import random
@@ -153,7 +153,8 @@ class QuarkTrainer(Trainer):
             model = _with_adapter(model, peft_config, self.reward_tokens, args.seed)
         if hasattr(model, "peft_config"):
             # peft 0.21 would ask the hub at each save if the vocabulary grew; the new rows are saved by themselves
-            model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+            keep_rows = functools.partial(model.save_pretrained, save_embedding_layers=False)
+            model.save_pretrained = keep_rows  # type: ignore[method-assign]
         if args.disable_dropout:
             disable_dropout(model)
         if args.learning_rate_is_default and hasattr(model, "peft_config"):
