@@ -8,13 +8,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help venv setup demo test slow lint format clean
+.PHONY: help venv setup demo test lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    unlearn a behaviour from a real model, about ten minutes on two cores (ARGS="--task toxicity" for another)'
-	@echo 'make test    the default tests: offline, CPU, under two minutes (ARGS="-k pool" for some)'
-	@echo 'make slow    the tests on the packaged real model'
+	@echo 'make demo    unlearn a behaviour from a real model, about half an hour on two busy cores (ARGS="--task toxicity" for another)'
+	@echo 'make test    the tests: offline, on a CPU, about two minutes, and a short demo on the real model, three to seven (ARGS="-k pool" for some)'
 	@echo 'make lint    ruff and mypy (make format mends what ruff can)'
 	@echo 'make venv    only make .venv with the tested versions'
 	@echo 'make clean   remove caches and builds; .venv and runs/ stay'
@@ -41,9 +40,6 @@ demo: $(VENV)/.stamp
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest $(ARGS)
-
-slow: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -151,7 +151,9 @@ def demo(
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/demo-TASK.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    budget: Annotated[Budget, typer.Option(help="short: about two minutes; full: about ten.")] = Budget.full,
+    budget: Annotated[
+        Budget, typer.Option(help="short: some minutes; full: about half an hour on two cores.")
+    ] = Budget.full,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Unlearn a behaviour from a real model.

@@ -138,8 +138,10 @@ class Policy:
         self.has_adapter = hasattr(model, "peft_config")
         self.head = Head(model)
         self._copy: nn.Module | None = None
+        self._copy_head = self.head
         if needs_reference and not self.has_adapter:
             self._copy = copy.deepcopy(causal_lm(model)).eval().requires_grad_(False)
+            self._copy_head = Head(self._copy)
         allow_functions_inside(model)
 
     @property
@@ -153,7 +155,7 @@ class Policy:
         with torch.no_grad():
             if self._copy is not None:
                 self._copy.to(next(self.model.parameters()).device)
-                yield self._copy, Head(self._copy)
+                yield self._copy, self._copy_head
             elif self.has_adapter:
                 with self.model.disable_adapter():  # type: ignore[operator]
                     yield self.model, self.head

@@ -243,16 +243,17 @@ class QuarkTrainer(Trainer):
             )
         # each rank its own samples; a sample's draws come from its seed, so the ranks do not change them
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        prompts = self.prompts.select(chosen[mine].tolist())
         started = time.monotonic()
         completions = self.complete(
-            self.prompts.select(chosen[mine].tolist()),
+            prompts,
             seeds[mine].tolist(),
             [None if round == 0 else int(q) for q in quantile[mine]],
             strength=1.0 if round == 0 else args.explore_strength,
             verb=f"round {round + 1} explore",
         )
         seconds = time.monotonic() - started
-        part = self._scored(self.prompts.select(chosen[mine].tolist()), completions, verb=f"round {round + 1} score")
+        part = self._scored(prompts, completions, verb=f"round {round + 1} score")
         reference_nll = self._reference_nll(part["prompt_ids"], part["completion_ids"])
         part |= {
             "prompt_index": chosen[mine].tolist(),
@@ -291,7 +292,7 @@ class QuarkTrainer(Trainer):
         contrast = None
         if strength != 1.0:
             contrast = [tokens.insert(ids, None if q is None else tokens.worst, at) for ids, q, at in triples]
-        with self._unwrapped(), self.display.bar(verb, len(prompts), "samples") as advance:
+        with self.policy.evaluating(), self.display.bar(verb, len(prompts), "samples") as advance:
             batches = self.completer.complete(conditioned, seeds, settings, contrast=contrast, strength=strength)
             return complete_all(self._watched(batches, advance), len(prompts))
 
@@ -509,7 +510,7 @@ class QuarkTrainer(Trainer):
             self.reward_tokens.insert(ids, quantile, at)
             for ids, at in zip(columns["prompt_ids"], columns["token_at"], strict=True)
         ]
-        with self._unwrapped():
+        with self.policy.evaluating():
             return completion_log_probs(
                 self.model, self.policy.head, prompts, columns["completion_ids"], self.pad_id, self.reward_tokens.barred
             )
@@ -517,7 +518,7 @@ class QuarkTrainer(Trainer):
     def _reference_nll(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float | None]:
         """NLL a token under the original model of the first samples, without a reward token; None for the others."""
         num = min(len(prompt_ids), max(1, _PERPLEXITY_ROWS // self.accelerator.num_processes))
-        with self._unwrapped(), self.policy.reference() as (reference, head):
+        with self.policy.evaluating(), self.policy.reference() as (reference, head):
             log_probs = completion_log_probs(
                 reference, head, prompt_ids[:num], completion_ids[:num], self.pad_id, self.reward_tokens.barred
             )
@@ -541,11 +542,11 @@ class QuarkTrainer(Trainer):
                 old = quantiles.assign(rewards[before], self.args.num_quantiles)
             threshold = rewards[before][old == self.args.num_quantiles - 1].min()
             figures["share_above_best"] = float(np.mean(rewards[here & np.isfinite(rewards)] > threshold))
-        table = pool.to_table([round])
-        if "reference_nll" in table.column_names:
-            nll = np.array([v for v in table.column("reference_nll").to_pylist() if v is not None])
-            if len(nll):  # a user's own data has none
-                figures["reference_perplexity"] = float(np.exp(nll).mean())
+        # only the column that is needed: a round's texts may be large
+        measured = pool.gather(np.flatnonzero(here), ["reference_nll"])["reference_nll"]
+        nll = np.array([v for v in measured if v is not None])
+        if len(nll):  # a user's own data has none
+            figures["reference_perplexity"] = float(np.exp(nll).mean())
         figures["quantiles_used"] = len(np.unique(self._quantiles[self._quantiles >= 0]))
         return figures
 
@@ -666,12 +667,6 @@ class QuarkTrainer(Trainer):
                 )
 
     @contextlib.contextmanager
-    def _unwrapped(self) -> Iterator[None]:
-        """The model in eval mode, to generate or to score; the mode comes back."""
-        with self.policy.evaluating():
-            yield
-
-    @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM asks to stop, the second one stops at once."""
 
@@ -740,8 +735,7 @@ class _Rounds(TrainerCallback):
             figures |= {f"initial_{name}": value for name, value in trainer.measure_tokens().items()}
         trainer.round_metrics |= figures
         if state.global_step % args.steps_per_round == 0:
-            speed = {k: v for k, v in trainer.round_metrics.items() if k != "round"}
-            trainer.log({**speed})
+            trainer.log({name: value for name, value in trainer.round_metrics.items() if name != "round"})
         if args.log_completions:
             table = trainer._open_pool().to_table([round]).slice(0, args.num_completions_to_print)
             rows = list(zip(*(table.column(c).to_pylist() for c in ("prompt", "completion", "reward")), strict=True))
