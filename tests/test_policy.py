@@ -44,6 +44,7 @@ OTHERS = {
     "Qwen3": {**GROUPED, "head_dim": 8},
     "GPTNeoX": {**SMALL, "hidden_dropout": 0.2, "attention_dropout": 0.2},
     "Bloom": {**SMALL, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.2, "attention_dropout": 0.2},  # no position ids
+    "Falcon": {**SMALL, "num_attention_heads": 4, "hidden_dropout": 0.2, "attention_dropout": 0.2},  # reads its config
     "OPT": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.2},  # dropout as plain numbers
 }
 
@@ -151,7 +152,7 @@ def in_train_mode(model):
     return [model(ids, use_cache=False).logits for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "GPTNeoX", "Bloom", "OPT"])
+@pytest.mark.parametrize("name", ["gpt2", "GPTNeoX", "Bloom", "OPT", "Falcon"])
 def test_dropout_can_be_switched_off_wherever_it_hides(name):
     model = tiny_gpt2() if name == "gpt2" else other(name)
     first, second = in_train_mode(model)

@@ -161,17 +161,6 @@ def test_a_row_outside_the_pool_is_refused(pool, row):
 # -- truncate and verify
 
 
-def test_forgotten_rounds_are_gone_and_new_ones_take_their_place(pool):
-    pool.truncate(1)
-    assert files(pool.folder) == ["manifest.json", "round-00000.parquet"]
-    for opened in (pool, Pool.open(pool.folder)):
-        assert opened.rewards.tolist() == [0.0, 0.1, 0.2, 0.3]
-    pool.append(1, columns(2, 50))
-    assert Pool.open(pool.folder).rewards.tolist() == [0.0, 0.1, 0.2, 0.3, 5.0, 5.1]
-    pool.truncate(5)  # nothing beyond the last
-    assert pool.num_rounds == 2
-
-
 def test_verify_passes_what_was_written_and_names_what_was_changed(pool):
     pool.verify()
     path = pool.folder / "round-00001.parquet"

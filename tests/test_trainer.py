@@ -90,7 +90,10 @@ def explored(monkeypatch):
     original = HFCompleter.complete
 
     def complete(self, prompts, seeds, settings, *, contrast=None, strength=1.0, **kwargs):
-        calls.append({"prompts": prompts, "contrast": contrast, "strength": strength, "settings": settings})
+        skip = list(kwargs.get("skip", ()))
+        calls.append(
+            {"prompts": prompts, "contrast": contrast, "strength": strength, "settings": settings, "skip": skip}
+        )
         return original(self, prompts, seeds, settings, contrast=contrast, strength=strength, **kwargs)
 
     monkeypatch.setattr(HFCompleter, "complete", complete)
@@ -244,17 +247,45 @@ def test_a_users_own_scored_data_is_round_0(tmp_path, explored):
         "completion": [" a", " warm and", " dry", ""],
         "reward": [0.1, 0.9, None, 0.5],
     }
-    trainer = make(tmp_path, given={"initial_pool": Dataset.from_dict(data)}, num_quantiles=2)
-    with (
-        pytest.warns(UserWarning, match="left out 1 completions without a token"),
-        pytest.warns(UserWarning, match="dropped 1 of 3 completions"),
-    ):
+    with pytest.warns(UserWarning, match="left out 1 completions without a token"):
+        trainer = make(tmp_path, given={"initial_pool": Dataset.from_dict(data)}, num_quantiles=2)
+    with pytest.warns(UserWarning, match="dropped 1 of 3 completions"):
         trainer.explore(0)
     rows = trainer.pool.to_table().to_pylist()
     assert not explored
     assert [row["completion"] for row in rows] == [" a", " warm and", " dry"]
     assert [row["reward"] for row in rows] == [0.1, 0.9, None]
+    assert [row["prompt_index"] for row in rows] == [0, 1, 2]
+    # as if sampled: what is shorter than a completion may be has ended
+    assert tiny_tokenizer().decode(rows[0]["completion_ids"]) == " a<|end|>"
     assert tiny_tokenizer().decode(rows[1]["completion_ids"]) == " warm and"
+
+
+def test_quantiles_within_a_prompt_keep_the_prompts_of_scored_data_apart(tmp_path):
+    data = {
+        "prompt": [f"other {i // 3}" for i in range(9)],
+        "completion": [f" {i}" for i in range(9)],
+        "reward": [i / 10 for i in range(9)],
+    }
+    given = {"initial_pool": Dataset.from_dict(data)}
+    trainer = make(tmp_path, given=given, quantile_scope="prompt", num_generations=3)
+    trainer.explore(0)
+    assert trainer.quantize().tolist() == [0, 1, 2] * 3
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"prompt": ["the " * 200], "completion": [" a"], "reward": [1.0]}, "has 400 tokens, but only"),
+        ({"prompt": ["the"], "completion": ["a " * 200], "reward": [1.0]}, "completion of row 0 have 4.. tokens, but"),
+        ({"prompt": ["the"], "completion": [""], "reward": [1.0]}, "no completion has a token"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:initial_pool")
+def test_scored_data_that_does_not_fit_the_model_is_refused_before_the_run_begins(tmp_path, data, words):
+    with pytest.raises(DataError, match=words):
+        make(tmp_path, given={"initial_pool": Dataset.from_dict(data)})
+    assert not list(tmp_path.iterdir())
 
 
 # -- quantize and draw
@@ -321,10 +352,12 @@ def test_fewer_distinct_rewards_than_quantiles_warns_and_names_them(tmp_path):
     def two(completions, **kwargs):
         return [float(i % 2) for i, _ in enumerate(completions)]
 
-    trainer = make(tmp_path, two, num_rounds=1)
+    trainer = make(tmp_path, two)
     with pytest.warns(FewQuantilesWarning, match=r"num_quantiles=3 needs at least 3 distinct rewards.*2 \(0 and 1\)"):
         trainer.train()
     assert metrics(tmp_path)[0]["quantiles_used"] == 2
+    # half of the new samples reach the last best threshold, which is the best that there is
+    assert [line["share_above_best"] for line in metrics(tmp_path) if "share_above_best" in line] == [0.5]
 
 
 def raises(completions, **kwargs):
@@ -347,20 +380,24 @@ BAD_REWARDS = {
 
 
 @pytest.mark.parametrize("kind", BAD_REWARDS)
-def test_a_bad_reward_is_one_clear_line_and_leaves_no_round_behind(tmp_path, kind):
+def test_a_bad_reward_is_one_clear_line_and_leaves_no_round_behind(tmp_path, kind, explored):
     reward, words = BAD_REWARDS[kind]
     trainer = make(tmp_path, reward)
     with pytest.raises(RewardError, match=words) as caught:
         trainer.train()
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, RuntimeError)
-    # the reward can be mended and the same command given again
+    # the reward can be mended and the same command given again: what was sampled is not sampled anew
     assert Pool.open(tmp_path).num_rounds == 0
+    explored.clear()
     good = graded
     good = type(good)(good.__code__, good.__globals__, reward.__name__)
     mended = make(tmp_path, good)
     mended.train()
     assert mended.state.global_step == 4
+    assert len(explored[0]["skip"]) == len(PROMPTS)
+    assert mended.pool.to_table([0]).column("reward").null_count == 0
+    assert not list((tmp_path / "pool").glob("*.partial*"))
 
 
 # -- learn
@@ -380,6 +417,21 @@ def test_without_beta_there_is_no_reference_forward(tmp_path):
     trainer.policy._copy.forward = trainer.policy._copy.model.forward = None
     trainer.train()
     assert all(line["kl"] == 0 for line in metrics(tmp_path) if "loss" in line)
+
+
+def test_the_reference_under_an_adapter_has_no_dropout(tmp_path, monkeypatch):
+    """With dropout on in the policy: at the first step the adapter adds nothing, so the KL must be dropout's alone."""
+    modes = []
+    original = trainer_module.completion_states
+
+    def noted(model, batch, prefix=""):
+        modes.append((prefix, model.training))
+        return original(model, batch, prefix)
+
+    monkeypatch.setattr(trainer_module, "completion_states", noted)
+    given = {"peft_config": lora(fan_in_fan_out=True, lora_dropout=0.1)}
+    make(tmp_path, model=tiny_gpt2(), given=given, disable_dropout=False, num_rounds=1).train()
+    assert modes == [("reference_", False), ("", True)] * 2
 
 
 @pytest.mark.parametrize("position", ["first", "before_completion"])
@@ -449,6 +501,15 @@ def test_a_model_that_comes_with_its_adapter_trains(tmp_path):
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def test_a_model_whose_adapter_was_trained_is_refused(tmp_path):
+    model = get_peft_model(tiny_llama(), lora())
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+    with pytest.raises(ModelError, match="was trained before.*merge_and_unload"):
+        make(tmp_path, model=model, reward_token_style="text")
 
 
 def test_two_trainers_with_one_seed_start_from_the_same_adapter(tmp_path):
@@ -591,6 +652,26 @@ def test_a_model_by_its_folder_brings_its_tokenizer(tmp_path):
         QuarkTrainer(str(tmp_path / "none"), graded, settings(tmp_path / "x"), Dataset.from_dict({"prompt": PROMPTS}))
 
 
+def test_a_model_by_its_name_learns_in_float32_unless_it_is_told_or_an_adapter_learns(tmp_path):
+    saved = tmp_path / "model"
+    tiny_llama().to(torch.bfloat16).save_pretrained(saved)
+    tiny_tokenizer().save_pretrained(saved)
+    for given, changes, dtype in [
+        ({}, {}, torch.float32),
+        ({}, {"model_init_kwargs": {"dtype": "bfloat16"}}, torch.bfloat16),
+        ({"peft_config": lora()}, {}, torch.bfloat16),
+    ]:
+        trainer = make(tmp_path / "run", model=str(saved), given=given, **changes)
+        assert trainer_module.causal_lm(trainer.model).dtype == dtype
+
+
+def test_virtual_tokens_which_nothing_reads_are_refused(tmp_path):
+    from peft import PromptTuningConfig
+
+    with pytest.raises(ConfigError, match="PromptTuningConfig.*Use LoraConfig"):
+        make(tmp_path, given={"peft_config": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")})
+
+
 def test_the_learning_rate_depends_on_what_learns_unless_it_is_named(tmp_path):
     assert make(tmp_path, learning_rate=None).args.learning_rate == 1e-5
     assert make(tmp_path, learning_rate=None, given={"peft_config": lora()}).args.learning_rate == 6e-4
@@ -665,6 +746,11 @@ def test_the_meaning_of_the_tokens_is_measured_on_held_out_rows_and_a_lack_of_it
     assert all(line["token_auc_se"] > 0 and line["heldout_nll"] > 0 for line in told)
 
 
+def test_too_few_held_out_rows_to_tell_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="Too few samples are held out to tell.*Raise prompts_first_round"):
+        make(tmp_path, heldout_share=0.3).train()
+
+
 def test_tokens_that_mean_something_have_a_high_auc(tmp_path):
     def starts_low(completions, **kwargs):
         return [
@@ -733,7 +819,7 @@ def test_a_runs_folder_explains_itself(tmp_path):
         "checkpoint-4",
     } <= names
     marker = json.loads((tmp_path / "checkpoint-2" / MARKER).read_text())
-    assert marker == {"step": 2, "pool_sha256": trainer.pool.hashes()[:1]}
+    assert (marker["step"], marker["pool_sha256"]) == (2, trainer.pool.hashes()[:1])
     assert RewardTokens.load(tmp_path / "checkpoint-4") == trainer.reward_tokens
     assert json.loads((tmp_path / "environment.json").read_text())["packages"]["torch"] == torch.__version__
 

@@ -157,8 +157,13 @@ class Policy:
                 self._copy.to(next(self.model.parameters()).device)
                 yield self._copy, self._copy_head
             elif self.has_adapter:
-                with self.model.disable_adapter():  # type: ignore[operator]
-                    yield self.model, self.head
+                was_training = self.model.training
+                self.model.eval()  # a copy would be: the reference has neither dropout nor noise
+                try:
+                    with self.model.disable_adapter():  # type: ignore[operator]
+                        yield self.model, self.head
+                finally:
+                    self.model.train(was_training)
             else:
                 raise ModelError("This policy was made without a reference model.")
 
@@ -217,6 +222,8 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         # some modules keep a float of their own and hand it to a function: attention_dropout, BLOOM's hidden_dropout
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
+        # and some read their configuration at each forward (Falcon)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if isinstance(value, float) and "drop" in name:
+                    setattr(holder, name, 0.0)

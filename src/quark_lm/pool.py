@@ -75,7 +75,13 @@ class Pool:
         try:
             rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
             manifest = [
-                {"round": int(m["round"]), "file": str(m["file"]), "rows": int(m["rows"]), "sha256": str(m["sha256"])}
+                {
+                    "round": int(m["round"]),
+                    "file": str(m["file"]),
+                    "rows": int(m["rows"]),
+                    "sha256": str(m["sha256"]),
+                    "metrics": dict(m.get("metrics", {})),
+                }
                 for m in rounds
             ]
         except (ValueError, KeyError, TypeError) as error:
@@ -101,10 +107,18 @@ class Pool:
         """The SHA-256 of each round's file: what a checkpoint names to say which rounds it saw."""
         return [m["sha256"] for m in self._manifest]
 
-    def append(self, round: int, columns: Mapping[str, Sequence[Any]]) -> None:
+    def metrics(self, round: int) -> dict[str, float]:
+        """The figures of a round that are not in its rows, as `append` was given them."""
+        return dict(self._manifest[round]["metrics"])
+
+    def append(
+        self, round: int, columns: Mapping[str, Sequence[Any]], metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Adds the next round.
 
-        columns: those of `SCHEMA` (one that is missing is null) and any more; all of one length.
+        Args:
+            columns: those of `SCHEMA` (one that is missing is null) and any more; all of one length.
+            metrics: figures of the round that its rows do not tell, kept in the manifest.
 
         Raises: PoolError when it is not the next round, or the disk refuses it: then nothing of it stays.
         """
@@ -126,7 +140,7 @@ class Pool:
             with written_whole(path) as temporary:
                 pq.write_table(table, temporary, compression="zstd", row_group_size=16_384)
                 digest = _sha256(temporary)
-            entry = {"round": round, "file": path.name, "rows": rows, "sha256": digest}
+            entry = {"round": round, "file": path.name, "rows": rows, "sha256": digest, "metrics": dict(metrics or {})}
             with written_whole(self.folder / _MANIFEST) as temporary:
                 temporary.write_text(
                     json.dumps({"rounds": [*self._manifest, entry]}, indent=1) + "\n", encoding="utf-8"
@@ -139,15 +153,6 @@ class Pool:
             ) from error
         self._manifest.append(entry)
         self._columns.append(self._small(table))
-
-    def truncate(self, num_rounds: int) -> None:
-        """Forgets the rounds from `num_rounds` on: those that a checkpoint, to which a run goes back, had not seen."""
-        dropped, self._manifest = self._manifest[num_rounds:], self._manifest[:num_rounds]
-        self._columns = self._columns[:num_rounds]
-        with written_whole(self.folder / _MANIFEST) as temporary:
-            temporary.write_text(json.dumps({"rounds": self._manifest}, indent=1) + "\n", encoding="utf-8")
-        for entry in dropped:
-            (self.folder / entry["file"]).unlink(missing_ok=True)
 
     # -- one number a row, in memory: what ranking and drawing need
 
@@ -254,6 +259,88 @@ class Pool:
                 f"{self.folder / entry['file']} (round {entry['round']}) cannot be read ({str(error).splitlines()[0]})."
                 " Restore it from a copy, or start the run anew."
             ) from error
+
+
+class PartialRound:
+    """What one rank has explored of a round that is not finished: a line on disk for each batch, so that a stop or a
+    kill loses one batch at most.
+
+    Args:
+        key: what the batches depend on; what is on disk under another key is forgotten.
+    """
+
+    def __init__(self, pool: Path, round: int, rank: int, key: Mapping[str, Any]) -> None:
+        self.path = _partial(pool, round, rank)
+        self.completions: dict[int, list[int]] = {}  # by the sample's index
+        self.scores: dict[int, dict[str, Any]] = {}  # by the number of the chunk
+        self.seconds = 0.0  # of sampling
+        self.key = dict(key)
+        lines = self._lines()
+        if not lines or {**lines[0], "rows": 0} != {**self.key, "rows": 0}:
+            with written_whole(self.path) as temporary:
+                temporary.write_text(json.dumps(self.key) + "\n", encoding="utf-8")
+            return
+        self.key = lines[0]  # with the rows of a batch that it was begun with
+        for line in lines[1:]:
+            if "indices" in line:
+                self.completions |= dict(zip(line["indices"], line["completions"], strict=True))
+                self.seconds += line["seconds"]
+            else:
+                self.scores[line["chunk"]] = line
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        if self.path.is_file():
+            whole = self.path.read_bytes().rpartition(b"\n")[0]
+            for text in whole.split(b"\n") if whole else []:
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:  # torn by a kill, or damaged: what follows cannot be relied on
+                    break
+            # the next line must not be joined to a torn one
+            good = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+            if good != self.path.read_bytes():
+                with written_whole(self.path) as temporary:
+                    temporary.write_bytes(good)
+        return lines
+
+    def _add(self, line: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PoolError(
+                f"A batch could not be kept in {self.path} ({error.strerror or error}). Make room or mend the folder's"
+                " rights and give the same command again: it goes on from the last batch that was kept."
+            ) from error
+
+    def add_completions(self, indices: Sequence[int], completions: Sequence[list[int]], seconds: float) -> None:
+        self._add({"indices": list(indices), "completions": list(completions), "seconds": seconds})
+        self.completions |= dict(zip(indices, completions, strict=True))
+        self.seconds += seconds
+
+    def add_scores(self, chunk: int, scores: dict[str, Any]) -> None:
+        self.scores[chunk] = {"chunk": chunk, **scores}
+        self._add(self.scores[chunk])
+
+    @staticmethod
+    def remove(pool: Path, round: int, rank: int) -> None:
+        _partial(pool, round, rank).unlink(missing_ok=True)
+
+    @staticmethod
+    def forget_scores(pool: Path, round: int, rank: int) -> None:
+        """Keeps the completions alone: their rewards cannot be used, and a mended reward function gives others."""
+        path = _partial(pool, round, rank)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with written_whole(path) as temporary:
+                temporary.write_text("".join(s for s in lines if "rewards" not in json.loads(s)), encoding="utf-8")
+
+
+def _partial(pool: Path, round: int, rank: int) -> Path:
+    return pool / f"round-{round:05d}.rank-{rank}.partial.jsonl"
 
 
 def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ A sample's draws depend on its own seed only: not on its batch, the batch size, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,8 +43,12 @@ class Completer(Protocol):
         *,
         contrast: Sequence[Sequence[int]] | None = None,
         strength: float | Sequence[float] = 1.0,
+        skip: Collection[int] = (),
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Yields (indices into `prompts`, their completions' token ids) batch by batch, each index once."""
+        """Yields (indices into `prompts`, their completions' token ids) batch by batch, each index once.
+
+        skip: indices that a stopped call had yielded; the others come in the batches that they would have come in.
+        """
         ...
 
 
@@ -62,9 +66,13 @@ def sample_seeds(*key: int, num: int) -> list[int]:
     return np.random.default_rng(list(key)).integers(0, 2**63, size=num, dtype=np.int64).tolist()
 
 
+# Random numbers for each token: top-p draws again when a draw falls outside (see hf.py).
+DRAWS = 4
+
+
 def uniforms(seed: int, num: int) -> np.ndarray:
-    """float32 (num,) in [0, 1): the draws of the sample with this seed, one a token."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(num, dtype=np.float32)
+    """float32 (num, DRAWS) in [0, 1): the draws of the sample with this seed, a row a token."""
+    return np.random.Generator(np.random.Philox(key=seed)).random((num, DRAWS), dtype=np.float32)
 
 
 def check_strength(strength: float | Sequence[float] | np.ndarray) -> None:

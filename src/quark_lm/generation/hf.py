@@ -1,15 +1,15 @@
 """Completions by the model in this process, at twice the speed of `generate` or more.
 
 What makes it fast, each measured by benchmarks/explore.py: the head on contiguous rows (on a slice it is copied once a
-row), an inverse-CDF draw (`multinomial` is forty times slower at 49k words), batches of prompts of like length, one
-prefill a prompt shared by its completions, finished rows leaving early.
+row), an inverse-CDF draw that serves top-p too (`multinomial` is forty times slower at 49k words, sorting ten times),
+batches of prompts of like length, one prefill a prompt shared by its completions, finished rows leaving early.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import psutil
@@ -68,6 +68,7 @@ class HFCompleter:
         *,
         contrast: Sequence[Sequence[int]] | None = None,
         strength: float | Sequence[float] = 1.0,
+        skip: Collection[int] = (),
         on_token: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yields (indices, completions) batch by batch, each index once.
@@ -78,14 +79,19 @@ class HFCompleter:
             contrast: for the dial, the same prompts with the worst token (or none);
                 logits = contrast + strength x (prompt - contrast).
             strength: of the dial, one for all or one a prompt; 1 everywhere runs no contrast at all.
+            skip: indices that are left out; the batches are those of a call without it, so that a call which goes on
+                with a stopped one's `batch_rows` gives its completions bit for bit.
             on_token: called with (index, token id) as each token is drawn.
         """
         strengths = np.broadcast_to(np.asarray(strength, dtype=np.float32), (len(prompts),))
         check_strength(strengths)
         if contrast is None or bool((strengths == 1.0).all()):
             contrast = None
-        rows = self.batch_rows or self._fitting_rows(prompts, settings)
-        for batch in self._batches(prompts, contrast, rows):
+        rows = self.batch_rows or self.fitting_rows(prompts, settings)
+        for whole in self._batches(prompts, contrast, rows):
+            batch = [i for i in whole if i not in skip]
+            if not batch:
+                continue
             yield from self._complete_or_halve(batch, prompts, seeds, settings, contrast, strengths, on_token)
 
     def _batches(
@@ -100,7 +106,8 @@ class HFCompleter:
         for start in range(0, len(order), samples):
             yield order[start : start + samples]
 
-    def _fitting_rows(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> int:
+    def fitting_rows(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> int:
+        """Forward rows of a batch that fit the free memory; as many as still gain speed, at most."""
         config = causal_lm(self.model).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -155,7 +162,7 @@ class HFCompleter:
     ) -> list[list[int]]:
         device = self.device
         steps = settings.max_completion_length
-        draws = torch.from_numpy(np.stack([uniforms(seeds[i], steps) for i in batch])).to(device)  # (S, steps)
+        draws = torch.from_numpy(np.stack([uniforms(seeds[i], steps) for i in batch])).to(device)  # (S, steps, DRAWS)
         # -- prefill: each different prompt once; of_sample says which one a sample continues from
         branches = [prompts] if contrast is None else [prompts, contrast]
         unique: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -226,33 +233,40 @@ class HFCompleter:
 def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
     """One token a row: int64 (B,).
 
-    Args: logits: float32 (B, V), -inf where barred; draws: (B,) in [0, 1), unused when greedy.
+    Args: logits: float32 (B, V), -inf where barred; draws: (B, DRAWS) in [0, 1), unused when greedy.
     """
     if settings.temperature == 0:
         return logits.argmax(1)
     if settings.temperature != 1:
         logits = logits / settings.temperature
-    if settings.top_k or settings.top_p < 1:
-        return _draw_filtered(logits, draws, settings)
+    if settings.top_k:
+        return _draw_sorted(logits, draws[:, 0], settings)
     # inverse CDF on unnormalised weights: the draw is scaled in place of the row
-    cdf = (logits - logits.amax(1, keepdim=True)).exp_().cumsum(1)
-    return _invert(cdf, draws)
+    weights = (logits - logits.amax(1, keepdim=True)).exp_()
+    cdf = weights.cumsum(1)
+    tokens = _invert(cdf, draws[:, 0])
+    if settings.top_p == 1:
+        return tokens
+    # top-p without sorting, which costs ten times as much: draw from all, and again where the likelier tokens by
+    # themselves hold top_p already; what is kept is distributed as if only the set had been drawn from
+    rows = torch.arange(len(tokens), device=tokens.device)
+    for attempt in range(1, draws.shape[1]):
+        drawn = weights[rows].gather(1, tokens[rows, None])
+        likelier = weights[rows].masked_fill_(weights[rows] <= drawn, 0.0).sum(1)
+        rows = rows[likelier >= settings.top_p * cdf[rows, -1]]
+        if not len(rows):
+            return tokens
+        if attempt < draws.shape[1] - 1:
+            tokens[rows] = _invert(cdf[rows], draws[rows, attempt])
+    tokens[rows] = _draw_sorted(logits[rows], draws[rows, -1], settings)
+    return tokens
 
 
-def _draw_filtered(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
-    words = logits.shape[1]
-    total = logits.logsumexp(1, keepdim=True)
-    k = min(words, settings.top_k or 1024)
-    while True:
-        top, ids = logits.topk(k, dim=1)  # sorting the whole row costs ten times as much, and is rarely needed
-        if settings.top_k:
-            total = top.logsumexp(1, keepdim=True)  # as transformers: top-k first, then top-p of what is left
-        weights = (top - total).exp_()
-        cdf = weights.cumsum(1)
-        if settings.top_k or k == words or bool((cdf[:, -1] >= settings.top_p).all()):
-            break
-        k = min(words, 8 * k)
-    outside = (cdf - weights) >= settings.top_p  # the tokens before it already hold top_p; the first is always inside
+def _draw_sorted(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
+    """Draws (B,) from the top-k, and from the top-p of these as transformers has it."""
+    top, ids = logits.topk(min(logits.shape[1], settings.top_k or logits.shape[1]), dim=1)
+    weights = top.softmax(1)
+    outside = weights.cumsum(1) - weights >= settings.top_p  # the tokens before it hold top_p; the first never is
     cdf = weights.masked_fill_(outside, 0.0).cumsum(1)
     return ids.gather(1, _invert(cdf, draws)[:, None]).squeeze(1)
 

@@ -1,0 +1,294 @@
+"""Explore: prompts -> Completer -> completions -> rewards -> the columns of a round of the pool.
+
+What is sampled and scored is kept on disk batch by batch (`pool.PartialRound`), so that a stop, a kill or a reward that
+fails costs one batch at most. A sample's draws are a function of (seed, round, its number), whatever the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]  # it ships no py.typed
+from transformers import set_seed
+
+from .errors import DataError
+from .generation import sample_seeds
+from .pool import PartialRound, read_initial
+from .prompts import EncodedPrompts, encode, is_conversational, is_held_out
+from .rewards.runner import RewardBatch, RewardRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .reward_tokens import RewardTokens
+    from .trainer import QuarkTrainer
+
+# Keys of the random streams, so that no two things share one.
+PROMPTS, SAMPLES, DROPOUT, EVAL, RANDOM_TOKEN, ASIDE = range(1, 7)
+# Completions that the rewards get at once, when nothing else is set.
+_REWARD_ROWS = 256
+
+
+def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    """(the columns of what a round samples, its figures that the rows do not tell), the same on every rank.
+
+    Raises: KeyboardInterrupt when the run was told to stop; what is done by then is kept.
+    """
+    args, tokens, accelerator = trainer.args, trainer.reward_tokens, trainer.accelerator
+    wanted = args.prompts_first_round if round == 0 else args.prompts_per_round
+    order = np.random.default_rng([args.seed, round, PROMPTS]).permutation(len(trainer.prompts))
+    chosen = np.repeat(order[:wanted], args.num_generations)
+    seeds = np.array(sample_seeds(args.seed, round, SAMPLES, num=len(chosen)))
+    quantile = np.full(len(chosen), tokens.best)
+    if args.explore_token == "random":
+        quantile = np.random.default_rng([args.seed, round, RANDOM_TOKEN]).integers(
+            tokens.num_quantiles, size=len(chosen)
+        )
+    # each rank its own prompts, whose samples stay together: a reward may compare them
+    group = np.arange(len(chosen)) // args.num_generations
+    mine = np.flatnonzero(group % accelerator.num_processes == accelerator.process_index)
+    prompts = trainer.prompts.select(chosen[mine].tolist())
+    asked = [None if round == 0 else int(q) for q in quantile[mine]]
+    strength = 1.0 if round == 0 else args.explore_strength
+    rows = trainer.completer.batch_rows or trainer.completer.fitting_rows(prompts.ids, trainer.generation_settings)
+    kept = PartialRound(
+        trainer.pool_folder,
+        round,
+        accelerator.process_index,
+        {"samples": len(chosen), "processes": accelerator.num_processes, "chunk": _chunk(trainer), "rows": rows},
+    )
+    # a batch of other samples would round other digits, so the batches are those that the round was begun with
+    before, trainer.completer.batch_rows = trainer.completer.batch_rows, kept.key["rows"]
+    try:
+        completions = trainer.complete(
+            prompts,
+            seeds[mine].tolist(),
+            asked,
+            strength=strength,
+            verb=f"round {round + 1} explore",
+            kept=kept,
+        )
+    finally:
+        trainer.completer.batch_rows = before
+    part, failed = _scored(trainer, prompts, completions, round, kept)
+    part |= {
+        "prompt_index": chosen[mine].tolist(),
+        "reference_nll": trainer.reference_nll(part["prompt_ids"], part["completion_ids"]),
+        "explored_with": asked,
+        "strength": [strength] * len(completions),
+        "order": mine.tolist(),
+    }
+    columns = _gathered(part, accelerator.num_processes)
+    parts = gather_object([(kept.seconds, failed)]) if accelerator.num_processes > 1 else [(kept.seconds, failed)]
+    figures = {name: float(np.mean(values)) for name, values in _joined([sums for _, sums in parts]).items()}
+    sampled = sum(map(len, columns["completion_ids"]))
+    return columns, {"tokens_per_second": sampled / max(1e-9, *(seconds for seconds, _ in parts)), **figures}
+
+
+def _chunk(trainer: QuarkTrainer) -> int:
+    """Completions that the rewards get at once: whole groups of one prompt's."""
+    each = trainer.args.num_generations
+    rows = getattr(trainer.args, "reward_batch_size", None) or _REWARD_ROWS
+    return max(1, rows // each) * each
+
+
+def _joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    out: dict[str, list[float]] = defaultdict(list)
+    for part in parts:
+        for name, values in part.items():
+            out[name] += values
+    return out
+
+
+def _scored(
+    trainer: QuarkTrainer, prompts: EncodedPrompts, completions: list[list[int]], round: int, kept: PartialRound
+) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+    """(the pool's columns of these samples, the values of each figure that the rewards told), scored chunk by chunk."""
+    args, size = trainer.args, _chunk(trainer)
+    texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
+    stopped = False
+    with trainer.display.bar(f"round {round + 1} score", len(texts), "samples") as advance:
+        for chunk, start in enumerate(range(0, len(texts), size)):
+            rows = range(start, min(start + size, len(texts)))
+            if chunk not in kept.scores:
+                if trainer.interrupted:
+                    stopped = True
+                    break
+                with aside(args.seed, round, trainer.accelerator.process_index, chunk):
+                    batch = score(
+                        trainer,
+                        trainer.rewards,
+                        prompts.select(rows),
+                        [texts[i] for i in rows],
+                        [completions[i] for i in rows],
+                    )
+                kept.add_scores(chunk, _as_json(batch))
+            advance(len(rows))
+    trainer.stop_together(f"while round {round + 1} was scored; {len(kept.scores) * size} samples' rewards are kept")
+    assert not stopped
+    lines = [kept.scores[chunk] for chunk in sorted(kept.scores)]
+    columns = {
+        "prompt_ids": prompts.ids,
+        "completion_ids": completions,
+        "token_at": prompts.token_at,
+        "prompt": prompts.texts,
+        "completion": texts,
+        "reward": [value for line in lines for value in line["reward"]],
+        "held_out": [is_held_out(p, args.heldout_share, "pool") for p in prompts.texts],
+    }
+    for kind in ("reward", "extra"):
+        for name in lines[0][f"{kind}s"] if lines else ():
+            values = [line[f"{kind}s"].get(name, [None] * len(line["reward"])) for line in lines]
+            columns[f"{kind}/{name}"] = [value for part in values for value in part]
+    return columns, _joined([line["figures"] for line in lines])
+
+
+def _as_json(batch: RewardBatch) -> dict[str, Any]:
+    def plain(values: np.ndarray) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in values.tolist()]
+
+    return {
+        "reward": plain(batch.total),
+        "rewards": {name: plain(values) for name, values in batch.per_function.items()},
+        "extras": {name: [str(value) for value in values] for name, values in batch.extra.items()},
+        "figures": {name: [value] for name, value in batch.metrics.items() if math.isfinite(value)},
+    }
+
+
+def score(
+    trainer: QuarkTrainer, runner: RewardRunner, prompts: EncodedPrompts, texts: list[str], ids: list[list[int]]
+) -> RewardBatch:
+    """The rewards of these completions; a conversation's completion reaches the functions as a message."""
+    completions: list[Any] = [
+        [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+        for prompt, text in zip(prompts.prompts, texts, strict=True)
+    ]
+    return runner.score(prompts.prompts, completions, ids, prompts.columns, trainer.state)
+
+
+def _gathered(part: dict[str, list[Any]], num_processes: int) -> dict[str, list[Any]]:
+    """The columns of all ranks in the order of the samples."""
+    parts = gather_object([part]) if num_processes > 1 else [part]
+    order = np.argsort(np.concatenate([p["order"] for p in parts]), kind="stable")
+    names = list(dict.fromkeys(name for p in parts for name in p if name != "order"))  # an idle rank has no extras
+    merged = {name: [value for p in parts for value in p.get(name, [None] * len(p["order"]))] for name in names}
+    return {name: [values[i] for i in order] for name, values in merged.items()}
+
+
+@dataclass(frozen=True)
+class InitialPool:
+    """A user's own scored data, ready to be round 0."""
+
+    columns: dict[str, list[Any]]
+
+    @classmethod
+    def read(
+        cls,
+        source: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: RewardTokens,
+        prompts: EncodedPrompts,
+        room: int,
+        max_completion_length: int,
+        heldout_share: float,
+        eos: Sequence[int],
+    ) -> InitialPool:
+        """Reads and encodes the data.
+
+        A completion that is shorter than `max_completion_length` gets the end-of-text token at its end, as a sampled
+        one has; a longer one is kept whole, without.
+
+        Args: prompts: of training, whose numbers equal prompts get; room: the most token ids of a prompt.
+        Raises: DataError when a row cannot be used.
+        """
+        from datasets import Dataset
+
+        data = read_initial(source)
+        encoded = encode(Dataset.from_dict({"prompt": data["prompt"]}), tokenizer, tokens.position, room)
+        ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in data["completion"]]
+        full = [i for i, completion in enumerate(ids) if completion]
+        if not full:
+            raise DataError("initial_pool: no completion has a token, so round 0 would be empty. Give texts.")
+        if len(full) < len(ids):
+            warnings.warn(f"initial_pool: left out {len(ids) - len(full)} completions without a token.", stacklevel=2)
+        for i in full:
+            if len(ids[i]) < max_completion_length and eos and ids[i][-1] not in eos:
+                ids[i].append(eos[0])
+            if len(encoded.ids[i]) + len(ids[i]) > room + max_completion_length:
+                raise DataError(
+                    f"initial_pool: the prompt and the completion of row {i} have {len(encoded.ids[i]) + len(ids[i])}"
+                    f" tokens, but only {room + max_completion_length} fit beside the reward token in the model's"
+                    " context. Shorten the row or leave it out."
+                )
+        encoded = encoded.select(full)
+        numbers = {text: number for number, text in reversed(list(enumerate(prompts.texts)))}
+        for text in encoded.texts:
+            numbers.setdefault(text, -2 - len(numbers))  # -1 is nobody's
+        columns = {
+            "prompt_index": [numbers[text] for text in encoded.texts],
+            "prompt_ids": encoded.ids,
+            "completion_ids": [ids[i] for i in full],
+            "token_at": encoded.token_at,
+            "prompt": encoded.texts,
+            "completion": [data["completion"][i] for i in full],
+            "reward": [data["reward"][i] for i in full],
+            "explored_with": [None] * len(full),
+            "strength": [1.0] * len(full),
+            "held_out": [is_held_out(p, heldout_share, "pool") for p in encoded.texts],
+        }
+        return cls(columns)
+
+    @property
+    def told(self) -> list[str]:
+        """What makes it this data and no other, as text."""
+        rows = zip(*(self.columns[name] for name in ("prompt", "completion", "reward")), strict=True)
+        return [repr(row) for row in rows]
+
+
+@contextlib.contextmanager
+def aside(*key: int) -> Iterator[None]:
+    """Random numbers that are a function of the key alone; after it the run's own go on as if none had been drawn.
+
+    A reward function may draw some; a resumed run, which finds its rewards on disk, would then drop out other units.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            set_seed(sample_seeds(*key, ASIDE, num=1)[0] % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Watch:
+    """Times what is sampled and hands it to `kept` as it comes; stops between two batches when asked to."""
+
+    def __init__(self, trainer: QuarkTrainer, kept: PartialRound | None) -> None:
+        self.trainer = trainer
+        self.kept = kept
+
+    def __call__(
+        self, batches: Iterator[tuple[list[int], list[list[int]]]], advance: Any
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        started = time.monotonic()
+        while not self.trainer.interrupted:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if self.kept is not None:
+                self.kept.add_completions(*batch, time.monotonic() - started)
+            advance(len(batch[0]))
+            yield batch
+            started = time.monotonic()

@@ -1,0 +1,115 @@
+"""What a round tells: do the tokens mean anything, how good is what was explored, how far did the text drift."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import quantiles
+from .policy import completion_log_probs
+
+if TYPE_CHECKING:
+    from .trainer import QuarkTrainer
+
+# Samples of a round whose perplexity under the original model is measured; the mean of so many is steady enough.
+_PERPLEXITY_ROWS = 128
+# With fewer held-out rows at either end the AUC says nothing.
+_LEAST_ROWS = 4
+
+
+def meaning(trainer: QuarkTrainer, assigned: np.ndarray) -> dict[str, float]:
+    """See `QuarkTrainer.measure_tokens`. assigned: each pool row's quantile, -1 for none."""
+    pool, args, tokens = trainer.open_pool(), trainer.args, trainer.reward_tokens
+    best, worst = tokens.best, tokens.worst
+    per_end = args.meaning_rows // 2
+    held = pool.held_out & (assigned >= 0)
+    good = np.flatnonzero(held & (assigned == best))[-per_end:]
+    bad = np.flatnonzero(held & (assigned == worst))[-per_end:]
+    if min(len(good), len(bad)) < _LEAST_ROWS:
+        return {}
+    rows = np.concatenate([good, bad])
+    columns = pool.gather(rows, ["prompt_ids", "completion_ids", "token_at"])
+    is_good = np.arange(len(rows)) < len(good)
+    log_probs = {}
+    with trainer.policy.evaluating():
+        for quantile in (best, worst):
+            prompts = [
+                tokens.insert(ids, quantile, at)
+                for ids, at in zip(columns["prompt_ids"], columns["token_at"], strict=True)
+            ]
+            log_probs[quantile] = completion_log_probs(
+                trainer.model, trainer.policy.head, prompts, columns["completion_ids"], trainer.pad_id, tokens.barred
+            )
+    lengths = np.array([len(ids) for ids in columns["completion_ids"]])
+    auc = quantiles.auc((log_probs[best] - log_probs[worst]) / lengths, is_good)
+    own = np.where(is_good, log_probs[best], log_probs[worst])
+    return {
+        "token_auc": auc,
+        "token_auc_se": quantiles.auc_standard_error(auc, len(good), len(bad)),
+        "heldout_nll": float(-own.sum() / lengths.sum()),
+    }
+
+
+def reference_nll(
+    trainer: QuarkTrainer, prompt_ids: list[list[int]], completion_ids: list[list[int]]
+) -> list[float | None]:
+    """NLL a token under the original model of the first samples, without a reward token; None for the others."""
+    num = min(len(prompt_ids), max(1, _PERPLEXITY_ROWS // trainer.accelerator.num_processes))
+    with trainer.policy.evaluating(), trainer.policy.reference() as (reference, head):
+        log_probs = completion_log_probs(
+            reference, head, prompt_ids[:num], completion_ids[:num], trainer.pad_id, trainer.reward_tokens.barred
+        )
+    means = [-float(lp) / max(1, len(ids)) for lp, ids in zip(log_probs, completion_ids, strict=False)]
+    return [*means, *[None] * (len(prompt_ids) - num)]
+
+
+def round_figures(trainer: QuarkTrainer, round: int, assigned: np.ndarray) -> dict[str, Any]:
+    """The figures of the samples that a round explored; all from the pool, so that a resumed run tells the same."""
+    pool = trainer.open_pool()
+    here = pool.rounds == round
+    rewards = pool.rewards
+    figures: dict[str, Any] = {
+        **pool.metrics(round),
+        "reward": float(np.nanmean(rewards[here])),
+        "samples": int(here.sum()),
+        "dropped": int(np.isnan(rewards[here]).sum()),
+        "pool_samples": len(pool),
+    }
+    before = (pool.rounds < round) & np.isfinite(rewards)
+    if round > 0 and before.any() and np.ptp(rewards[before]) > 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", quantiles.FewQuantilesWarning)
+            old = quantiles.assign(rewards[before], trainer.args.num_quantiles)
+        threshold = rewards[before][old == trainer.args.num_quantiles - 1].min()
+        # at the threshold counts: a reward of 0 and 1 has nothing above its best
+        figures["share_above_best"] = float(np.mean(rewards[here & np.isfinite(rewards)] >= threshold))
+    # only the column that is needed: a round's texts may be large
+    measured = pool.gather(np.flatnonzero(here), ["reference_nll"])["reference_nll"]
+    nll = np.array([v for v in measured if v is not None])
+    if len(nll):  # a user's own data has none
+        figures["reference_perplexity"] = float(np.exp(nll).mean())
+    figures["quantiles_used"] = len(np.unique(assigned[assigned >= 0]))
+    return figures
+
+
+def warn_of_meaning(trainer: QuarkTrainer, round: int, figures: dict[str, float]) -> None:
+    """Warns when the next round would explore with tokens of which nobody knows that they mean something."""
+    args = trainer.args
+    if round + 1 >= args.num_rounds or not trainer.is_world_process_zero():
+        return
+    if not figures:
+        if round == 0 and args.heldout_share and args.meaning_rows:
+            warnings.warn(
+                "Too few samples are held out to tell whether the reward tokens mean anything (token_auc is missing)."
+                " Raise prompts_first_round or heldout_share.",
+                stacklevel=3,
+            )
+    elif figures["token_auc"] < 0.5 + 2 * figures["token_auc_se"]:
+        warnings.warn(
+            f"The reward tokens hardly mean anything yet (AUC {figures['token_auc']:.2f}, 0.5 is nothing), so the"
+            " next round explores with a token that asks for nothing. Train longer before exploring"
+            " (steps_per_round), sample more (prompts_first_round), or use text tags.",
+            stacklevel=3,
+        )

@@ -1,0 +1,311 @@
+"""A run that is stopped anywhere and started again is the run that was never stopped: pool, metrics and weights."""
+
+import json
+import multiprocessing
+import signal
+
+import pytest
+import torch
+from datasets import Dataset
+from test_trainer import PROMPTS, graded, lora, make, metrics, stopped_at
+from tiny import tiny_gpt2
+from transformers import TrainerCallback
+
+import quark_lm.exploring as exploring
+from quark_lm import Pool, QuarkConfig
+from quark_lm.errors import ConfigError, RewardError
+from quark_lm.generation.hf import HFCompleter
+from quark_lm.pool import PartialRound
+from quark_lm.run_folder import last_checkpoint, locked
+
+# three steps teach the tokens nothing
+pytestmark = pytest.mark.filterwarnings("ignore:The reward tokens hardly mean anything")
+
+# Figures that depend on the clock.
+CLOCK = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+EVAL = {"eval_dataset": Dataset.from_dict({"prompt": ["a dog", "the sun", "one"]})}
+SETTINGS = {
+    "save_strategy": "epoch",
+    "heldout_share": 0.3,
+    "num_generations": 4,
+    "steps_per_round": 3,
+    "logging_steps": 2,
+    "generation_batch_size": 8,
+    "disable_dropout": False,
+}
+
+
+def run(folder, **given):
+    return make(folder, model=tiny_gpt2(), given={**EVAL, **given}, **SETTINGS)
+
+
+def told(folder):
+    """metrics.jsonl without what the clock tells, the samples, and the last checkpoint's weights."""
+    lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in metrics(folder)]
+    weights = torch.load(last_checkpoint(folder)[0] / "optimizer.pt", weights_only=True)
+    return lines, Pool.open(folder).to_table().to_pylist(), weights
+
+
+def equal(first, second):
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder).train()
+    return told(folder)
+
+
+def raises_at(where, count, monkeypatch, number=signal.SIGINT):
+    """A signal as the named thing happens for the count-th time."""
+    target, name = {
+        "a generation batch": (HFCompleter, "_complete_batch"),
+        "a chunk's scores": (exploring, "score"),
+        "a batch that is kept": (PartialRound, "_add"),
+    }[where]
+    original, calls = getattr(target, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, counted)
+
+
+# 12 prompts x 4 samples in batches of 8, guided in round 1 (two rows a sample); three held-out prompts twice
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        *(("a generation batch", n) for n in (1, 4, 7, 9, 14)),
+        ("a chunk's scores", 1),
+        ("a batch that is kept", 3),
+        ("a batch that is kept", 9),
+    ],
+)
+def test_a_stop_while_sampling_or_scoring_loses_nothing(where, count, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_at(where, count, patch)
+        with pytest.raises(KeyboardInterrupt, match="stopped "):
+            run(tmp_path).train()
+    run(tmp_path).train()
+    assert equal(told(tmp_path), whole)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+def test_a_stop_while_learning_loses_nothing_not_even_the_figures(step, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {step} of 6, which is saved"):
+        run(tmp_path, callbacks=[stopped_at(step)]).train()
+    run(tmp_path).train()
+    assert equal(told(tmp_path), whole)
+
+
+@pytest.mark.parametrize("round", [0, 1])
+def test_a_stop_while_held_out_prompts_are_completed_keeps_the_rounds_learning(round, whole, tmp_path, monkeypatch):
+    original, calls = HFCompleter.complete, []
+
+    def complete(self, prompts, *args, **kwargs):
+        if len(prompts) == 6:  # the held-out ones
+            calls.append(1)
+            if len(calls) == round + 1:
+                signal.raise_signal(signal.SIGTERM)
+        return original(self, prompts, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFCompleter, "complete", complete)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path).train()
+    assert last_checkpoint(tmp_path)[0].name == f"checkpoint-{3 * round + 3}"
+    run(tmp_path).train()
+    assert equal(told(tmp_path), whole)
+
+
+def test_a_sample_that_was_kept_is_not_sampled_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_at("a generation batch", 4, patch)
+        with pytest.raises(KeyboardInterrupt, match=r"during round 1 explore; 32 of 48 samples are kept"):
+            run(tmp_path).train()
+    batches = []
+    original = HFCompleter._complete_batch
+
+    def counted(self, batch, *args):
+        batches.append(batch)
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(HFCompleter, "_complete_batch", counted)
+    run(tmp_path).explore(0)
+    assert list(map(len, batches)) == [8, 8]
+    assert not list((tmp_path / "pool").glob("*.partial*"))
+
+
+@pytest.mark.parametrize("damage", ["torn", "garbage", "other key", "empty"])
+def test_what_was_kept_and_is_damaged_is_sampled_again(damage, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_at("a generation batch", 4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path).train()
+    (path,) = (tmp_path / "pool").glob("*.partial.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(
+        {
+            "torn": "".join(lines)[:-30],
+            "garbage": lines[0] + lines[1] + "\0\0{]\n" + lines[3],
+            "other key": lines[0].replace("48", "49") + "".join(lines[1:]),
+            "empty": "",
+        }[damage]
+    )
+    run(tmp_path).train()
+    assert equal(told(tmp_path), whole)
+
+
+def test_a_reward_that_fails_costs_none_of_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploring, "_REWARD_ROWS", 16)
+    calls = []
+
+    def graded_until_it_fails(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise ConnectionError("rate limit")
+        return graded(completions)
+
+    with pytest.raises(RewardError, match="rate limit"):
+        make(tmp_path, graded_until_it_fails, **SETTINGS).train()
+    make(tmp_path, graded_until_it_fails, **{**SETTINGS, "num_rounds": 2}).explore(0)
+    assert calls == [16, 16, 16, 16]  # the first chunk is not scored again
+    assert Pool.open(tmp_path).num_rounds == 1
+
+
+def test_a_finished_run_that_is_started_again_changes_no_file(tmp_path, capsys):
+    run(tmp_path).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    again = run(tmp_path)
+    again.train()
+    assert "is finished: checkpoint-6 holds step 6 of 6" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert {path for path in after if before.get(path) != after[path]} <= {tmp_path / "environment.json"}
+    assert again.state.global_step == 6
+
+
+def test_a_run_that_goes_on_says_so(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callbacks=[stopped_at(4)]).train()
+    capsys.readouterr()
+    run(tmp_path).train()
+    assert "goes on in round 2: checkpoint-4 holds step 4 of 6" in capsys.readouterr().err
+
+
+def test_a_run_may_be_made_longer(tmp_path):
+    make(tmp_path, save_strategy="epoch").train()
+    longer = make(tmp_path, save_strategy="epoch", num_rounds=3)
+    longer.train()
+    assert longer.state.global_step == 6
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    straight = make(tmp_path / "straight", save_strategy="epoch", num_rounds=3)
+    straight.train()
+    for key, weight in straight.model.state_dict().items():
+        assert torch.equal(weight, longer.model.state_dict()[key]), key
+
+
+def test_a_run_whose_learning_rate_ends_with_it_may_not(tmp_path):
+    make(tmp_path, save_strategy="epoch", lr_scheduler_type="linear").train()
+    with pytest.raises(ConfigError, match="num_rounds: 2 there, 3 here"):
+        make(tmp_path, save_strategy="epoch", lr_scheduler_type="linear", num_rounds=3).train()
+
+
+def test_a_setting_that_another_version_did_not_know_is_no_difference(tmp_path):
+    make(tmp_path, save_strategy="epoch").train()
+    path = tmp_path / "run.json"
+    identity = json.loads(path.read_text())
+    identity["of_another_version"] = identity.pop("entropy_coef")
+    path.write_text(json.dumps(identity))
+    make(tmp_path, save_strategy="epoch").train()
+
+
+def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path):
+    def constant(completions, **kwargs):
+        return [0.5 for _ in completions]
+
+    with pytest.raises(RewardError):
+        make(tmp_path, constant).train()
+    make(tmp_path, graded, beta=0.2).train()
+    assert json.loads((tmp_path / "run.json").read_text())["reward_funcs"] == ["graded"]
+    assert not Pool.open(tmp_path).rewards[0] == 0.5
+
+
+def test_the_same_trainer_goes_on_after_a_stop(whole, tmp_path):
+    class Once(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not done:
+                done.append(1)
+                signal.raise_signal(signal.SIGINT)
+
+    done = []
+    trainer = run(tmp_path, callbacks=[Once()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_an_evaluation_before_training_is_kept_beside_the_runs_own(tmp_path):
+    trainer = run(tmp_path)
+    before = trainer.evaluate()
+    trainer.train()
+    lines = metrics(tmp_path)
+    assert lines[0]["eval_reward"] == before["eval_reward"]
+    assert (lines[0]["step"], lines[0]["untrained"]) == (0, True)
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 3, 6]
+
+
+def hold(folder, ready, done):
+    with locked(folder):
+        ready.set()
+        done.wait(60)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(ConfigError, match="Another process trains in"):
+            make(tmp_path).train()
+    finally:
+        done.set()
+        other.join()
+    make(tmp_path).train()
+
+
+def test_a_killed_process_does_not_hold_its_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+    other.kill()
+    other.join()
+    make(tmp_path, num_rounds=1).train()
+
+
+def test_the_trainer_changes_no_setting_of_its_caller(tmp_path):
+    args = QuarkConfig(str(tmp_path), report_to="none", use_cpu=True)
+    from quark_lm import QuarkTrainer
+
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    from tiny import tiny_tokenizer
+
+    trainer = QuarkTrainer(
+        tiny_gpt2(), graded, args, prompts, processing_class=tiny_tokenizer(), peft_config=lora(fan_in_fan_out=True)
+    )
+    assert (args.learning_rate, trainer.args.learning_rate) == (1e-5, 6e-4)
