@@ -237,7 +237,7 @@ def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path):
         make(tmp_path, constant).train()
     make(tmp_path, graded, beta=0.2).train()
     assert json.loads((tmp_path / "run.json").read_text())["reward_funcs"] == ["graded"]
-    assert not Pool.open(tmp_path).rewards[0] == 0.5
+    assert Pool.open(tmp_path).rewards[0] != 0.5
 
 
 def test_the_same_trainer_goes_on_after_a_stop(whole, tmp_path):

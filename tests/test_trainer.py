@@ -151,6 +151,15 @@ def test_a_round_samples_as_many_prompts_as_it_is_told_each_as_often(tmp_path):
         assert len(set(seen)) == prompts
 
 
+def test_more_prompts_than_there_are_are_each_sampled_several_times(tmp_path):
+    trainer = make(tmp_path, prompts_first_round=30)
+    trainer.explore(0)
+    rows = trainer.pool.to_table([0]).to_pylist()
+    times = [sum(row["prompt"] == prompt for row in rows) for prompt in PROMPTS]
+    assert (sum(times), set(times)) == (30, {2, 3})
+    assert len({(row["prompt"], row["completion"]) for row in rows}) > 20  # with other draws
+
+
 def test_samples_are_kept_as_they_were_drawn(tmp_path):
     tokenizer = tiny_tokenizer()
     trainer = make(tmp_path, tokenizer=tokenizer, prompts=PROMPTS, num_generations=40, num_rounds=1)
@@ -508,7 +517,7 @@ def test_a_model_whose_adapter_was_trained_is_refused(tmp_path):
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             torch.nn.init.normal_(layer.lora_B["default"].weight)
-    with pytest.raises(ModelError, match="was trained before.*merge_and_unload"):
+    with pytest.raises(ModelError, match=r"was trained before.*merge_and_unload"):
         make(tmp_path, model=model, reward_token_style="text")
 
 
@@ -668,7 +677,7 @@ def test_a_model_by_its_name_learns_in_float32_unless_it_is_told_or_an_adapter_l
 def test_virtual_tokens_which_nothing_reads_are_refused(tmp_path):
     from peft import PromptTuningConfig
 
-    with pytest.raises(ConfigError, match="PromptTuningConfig.*Use LoraConfig"):
+    with pytest.raises(ConfigError, match=r"PromptTuningConfig.*Use LoraConfig"):
         make(tmp_path, given={"peft_config": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")})
 
 
@@ -747,7 +756,7 @@ def test_the_meaning_of_the_tokens_is_measured_on_held_out_rows_and_a_lack_of_it
 
 
 def test_too_few_held_out_rows_to_tell_are_told(tmp_path):
-    with pytest.warns(UserWarning, match="Too few samples are held out to tell.*Raise prompts_first_round"):
+    with pytest.warns(UserWarning, match=r"Too few samples are held out to tell.*Raise prompts_first_round"):
         make(tmp_path, heldout_share=0.3).train()
 
 

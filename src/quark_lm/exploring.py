@@ -47,7 +47,8 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     args, tokens, accelerator = trainer.args, trainer.reward_tokens, trainer.accelerator
     wanted = args.prompts_first_round if round == 0 else args.prompts_per_round
     order = np.random.default_rng([args.seed, round, PROMPTS]).permutation(len(trainer.prompts))
-    chosen = np.repeat(order[:wanted], args.num_generations)
+    # more than there are: each prompt several times, with other draws
+    chosen = np.repeat(np.resize(order, wanted or len(order)), args.num_generations)
     seeds = np.array(sample_seeds(args.seed, round, SAMPLES, num=len(chosen)))
     quantile = np.full(len(chosen), tokens.best)
     if args.explore_token == "random":
