@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 import quark_lm.trainer as trainer_module
 from quark_lm import Pool, QuarkConfig, QuarkTrainer, RewardTokens
-from quark_lm.errors import ConfigError, DataError, ModelError, PoolError, QuarkError, RewardError
+from quark_lm.errors import ConfigError, DataError, ModelError, PoolError, QuarkError, RewardError, TrainingError
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.prompts import is_held_out
 from quark_lm.quantiles import FewQuantilesWarning
@@ -418,6 +418,34 @@ def test_the_logged_loss_is_made_of_its_parts(tmp_path):
     assert len(lines) == 4
     for line in lines:
         assert line["loss"] == pytest.approx(line["nll"] + 0.5 * line["kl"] - 0.1 * line["entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_and_names_its_rows(tmp_path, what):
+    trainer = make(tmp_path, save_strategy="epoch")
+    at_step_3 = {}
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                at_step_3.update({k: v.clone() for k, v in trainer.model.state_dict().items()})
+                norm = trainer.model.model.norm.weight
+                if what == "loss":
+                    norm.data[0] = float("nan")
+                    at_step_3["model.norm.weight"] = norm.data.clone()
+                else:
+                    norm.register_hook(lambda gradient: gradient * float("inf"))
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(TrainingError, match=r"gradient of step 3 is not finite.*not-finite-step-3.json"):
+        trainer.train()
+    for key, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight.nan_to_num(), at_step_3[key].nan_to_num()), key
+    told = json.loads((tmp_path / "not-finite-step-3.json").read_text())
+    pool = trainer.pool.gather(np.array([row["pool_row"] for row in told["rows"]]), ["completion_ids"])
+    assert (told["round"], len(told["rows"])) == (1, 4)
+    assert [row["completion_ids"] for row in told["rows"]] == pool["completion_ids"]
+    assert last_checkpoint(tmp_path)[0].name == "checkpoint-2"
 
 
 def test_without_beta_there_is_no_reference_forward(tmp_path):
@@ -958,5 +986,5 @@ def test_a_checkpoint_of_another_pool_is_refused(tmp_path):
 
 
 def test_all_errors_are_quarks_own():
-    for error in (ConfigError, DataError, ModelError, PoolError, RewardError):
+    for error in (ConfigError, DataError, ModelError, PoolError, RewardError, TrainingError):
         assert issubclass(error, QuarkError)

@@ -23,3 +23,7 @@ class RewardError(QuarkError, RuntimeError):
 
 class PoolError(QuarkError, RuntimeError):
     """The pool on disk is damaged, belongs to another run, or could not be written."""
+
+
+class TrainingError(QuarkError, RuntimeError):
+    """A run cannot go on as it is: its loss or a gradient is not finite."""

@@ -138,7 +138,7 @@ def _scored(
     trainer.stop_together(f"while round {round + 1} was scored; {len(kept.scores) * size} samples' rewards are kept")
     assert not stopped
     lines = [kept.scores[chunk] for chunk in sorted(kept.scores)]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "prompt_ids": prompts.ids,
         "completion_ids": completions,
         "token_at": prompts.token_at,
@@ -235,7 +235,7 @@ class InitialPool:
         numbers = {text: number for number, text in reversed(list(enumerate(prompts.texts)))}
         for text in encoded.texts:
             numbers.setdefault(text, -2 - len(numbers))  # -1 is nobody's
-        columns = {
+        columns: dict[str, list[Any]] = {
             "prompt_index": [numbers[text] for text in encoded.texts],
             "prompt_ids": encoded.ids,
             "completion_ids": [ids[i] for i in full],

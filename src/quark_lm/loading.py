@@ -97,7 +97,7 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardToken
         if getattr(config, "trainable_token_indices", None):
             raise ConfigError("peft_config.trainable_token_indices is set by Quark to the reward tokens. Leave it out.")
         config = copy.deepcopy(config)  # the caller's own may serve another trainer
-        config.trainable_token_indices = list(tokens.barred)  # type: ignore[attr-defined]
+        config.trainable_token_indices = list(tokens.barred)
     torch.manual_seed(seed)  # the adapter's first weights too depend on the run's seed alone
     return get_peft_model(model, config)
 

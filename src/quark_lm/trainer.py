@@ -32,7 +32,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from . import loading, measuring, quantiles
 from .collator import Collator, Draw
 from .config import QuarkConfig
-from .errors import ConfigError, DataError, PoolError, RewardError
+from .errors import ConfigError, DataError, PoolError, RewardError, TrainingError
 from .exploring import DROPOUT, EVAL, InitialPool, Watch, aside, explored_columns, score
 from .generation import GenerationSettings, complete_all, sample_seeds
 from .generation.hf import HFCompleter
@@ -219,6 +219,7 @@ class QuarkTrainer(Trainer):
         # since the last line of metrics: NLL, KL, entropy, tokens, loss, steps
         self._sums = torch.zeros(6, dtype=torch.float64)
         self._quantiles = np.zeros(0, np.int64)
+        self._drawn = np.zeros(0, np.int64)  # the pool's rows of the round's draws
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.learn_bar = LearnBar(self)
@@ -355,6 +356,7 @@ class QuarkTrainer(Trainer):
         rows = quantiles.draw(drawable, num, args.seed, round, args.draw, args.num_quantiles)
         dropped = np.random.default_rng([args.seed, round, DROPOUT]).random(num) < args.token_dropout
         columns = pool.gather(rows, ["prompt_ids", "completion_ids", "token_at"])
+        self._drawn = rows
         self.draws = [
             Draw(
                 prompt_ids=columns["prompt_ids"][i],
@@ -405,6 +407,33 @@ class QuarkTrainer(Trainer):
         )
         tokens = torch.tensor(sums.num_tokens, device=hidden.device, dtype=torch.float32)
         return sums.loss, torch.stack([sums.nll, sums.kl, sums.entropy, tokens])
+
+    def check_finite(self) -> None:
+        """Stops every rank before the optimizer takes a step with a loss or a gradient that is not finite.
+
+        Raises: TrainingError that names the step and a file with the rows of the pool that it drew.
+        """
+        finite = bool(torch.isfinite(self._sums[4]))
+        if finite and not self.args.fp16:  # fp16's scaler has infinite gradients now and then, and skips them
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        if self.accelerator.num_processes > 1:
+            finite = bool(self.accelerator.reduce(torch.tensor(float(not finite), device=self.args.device)) == 0)
+        if finite:
+            return
+        args, step = self.args, self.state.global_step
+        batch = self.get_total_train_batch_size(args)
+        first = step % args.steps_per_round * batch
+        path = self.folder / f"not-finite-step-{step + 1}.json"
+        if self.is_world_process_zero():
+            drawn = range(first, first + batch)
+            rows = [{"pool_row": int(self._drawn[i]), **self.draws[i]} for i in drawn]
+            write_json(path, {"step": step + 1, "round": step // args.steps_per_round, "rows": rows})
+        raise TrainingError(
+            f"The loss or a gradient of step {step + 1} is not finite, so the step was not taken; the {batch} rows that"
+            f" it drew are in {path}. Lower learning_rate, raise warmup_steps or use float32 weights, in a new"
+            " output_dir."
+        )
 
     # -- what a round tells
 
@@ -689,6 +718,9 @@ class _Rounds(TrainerCallback):
             table = trainer.open_pool().to_table([round]).slice(0, args.num_completions_to_print)
             rows = list(zip(*(table.column(c).to_pylist() for c in ("prompt", "completion", "reward")), strict=True))
             trainer.display.completions(f"round {round + 1}", rows)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_finite()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._sums[5] += 1
