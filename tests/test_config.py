@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -97,6 +98,41 @@ REFUSED = [
     ({"dataloader_num_workers": 2}, "Workers of a data loader would keep the pool"),
     ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "Workers of a data loader"),
     ({"max_steps": 7}, "max_steps=7 would cut a round. Set num_rounds and steps_per_round"),
+    ({"max_failed_rewards": 1.5}, r"max_failed_rewards=1.5 is not a share"),
+    ({"max_failed_rewards": float("nan")}, "max_failed_rewards=nan is not a share"),
+    ({"reward_batch_size": 0}, "reward_batch_size=0 is below 1"),
+    ({"reward_retries": -1}, "reward_retries=-1 is below 0"),
+    ({"min_completion_length": 9, "max_completion_length": 8}, "no completion could ever end"),
+    ({"save_only_model": True}, "a resumed run would be another run"),
+    ({"enable_jit_checkpoint": True}, "would take SIGTERM from Quark"),
+    ({"push_to_hub": True}, "would publish the whole run folder, the pool"),
+    ({"accelerator_config": {"dispatch_batches": True}}, "sets dispatch_batches, which would cut"),
+    ({"accelerator_config": '{"split_batches": true}'}, "sets split_batches, which would cut"),
+    ({"use_liger_kernel": True}, "replaces the model's forward"),
+    ({"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}, "replaces the model's forward"),
+    ({"num_train_epochs": 9}, "num_train_epochs=9 would do nothing: .* Set num_rounds"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would do nothing: the loss"),
+    ({"train_sampling_strategy": "group_by_length"}, "would do nothing: a round's draws .* Set draw"),
+    ({"data_seed": 3}, "data_seed=3 would do nothing: .* Set seed"),
+    ({"remove_unused_columns": True}, "remove_unused_columns=True would do nothing"),
+    ({"per_device_eval_batch_size": 4}, "Set generation_batch_size"),
+    ({"prediction_loss_only": True}, "not run through Trainer's evaluation loop"),
+    ({"include_for_metrics": ["inputs"]}, "not run through Trainer's evaluation loop"),
+    ({"eval_strategy": "epoch"}, "eval_strategy='epoch' would do nothing that eval_every does not do"),
+    ({"eval_steps": 5}, "eval_steps=5 would do nothing without eval_strategy='steps'"),
+    ({"eval_delay": 1}, "eval_delay=1 would do nothing without"),
+    ({"load_best_model_at_end": True}, "load_best_model_at_end=True would do nothing without"),
+    ({"metric_for_best_model": "eval_reward"}, "would do nothing without eval_strategy='steps'"),
+    ({"save_strategy": "best"}, "save_strategy='best' would never save without"),
+    ({"beta": "0.1"}, "beta='0.1' is of type str. Give a number"),
+    ({"learning_rate": "1e-4"}, "learning_rate='1e-4' is of type str. Give a number"),
+    ({"num_rounds": 2.0}, "num_rounds=2.0 is of type float. Give a whole number"),
+    ({"num_rounds": None}, "num_rounds=None is of type NoneType. Give a whole number"),
+    ({"num_rounds": True}, "num_rounds=True is of type bool. Give a whole number"),
+    ({"draw": 1}, "draw=1 is of type int. Give text"),
+    ({"mask_reward_tokens": "no"}, "mask_reward_tokens='no' is of type str. Give True or False"),
+    ({"reward_weights": 2.0}, "reward_weights=2.0 is of type float. Give a list, each item a number"),
+    ({"reward_token_texts": "abcde"}, "reward_token_texts='abcde' is of type str. Give a list"),
     ({"num_quantile": 5}, "no field 'num_quantile'.*Did you mean 'num_quantiles'"),
     ({"num_generation": 5, "preset": "paper"}, "no field 'num_generation'.*Did you mean 'num_generations'"),
     ({"xyzzy": 1}, "no field 'xyzzy'"),
@@ -110,6 +146,33 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, changes, words):
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, QuarkError)
     assert isinstance(caught.value, ValueError)
+
+
+WORKS = [
+    {"beta": 0},
+    {"learning_rate": None},
+    {"reward_weights": (1, 0.5)},
+    {"pool_window": None, "prompts_per_round": None},
+    {"max_failed_rewards": 1.0, "reward_retries": 0, "reward_batch_size": 16},
+    {"min_completion_length": 8, "max_completion_length": 8},
+    {"eval_strategy": "steps", "eval_steps": 5, "eval_delay": 2},
+    {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "best", "metric_for_best_model": "eval_reward"},
+    {"accelerator_config": {"even_batches": False}},
+    {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}},
+    {"num_train_epochs": 3, "num_rounds": 5},
+    {"dataloader_drop_last": True, "label_names": ["labels"], "neftune_noise_alpha": 5.0},
+]
+
+
+@pytest.mark.parametrize("changes", WORKS, ids=str)
+def test_what_works_is_not_refused(tmp_path, changes):
+    made = config(tmp_path, **changes)
+    for name in changes.keys() - {"accelerator_config", "num_train_epochs", "learning_rate"}:
+        assert getattr(made, name) == changes[name]
+
+
+def test_numpy_s_integers_are_taken_and_become_plain_ones(tmp_path):
+    assert type(config(tmp_path, num_rounds=np.int64(2), beta=np.float64(0.5)).num_rounds) is int
 
 
 # -- Trainer's own
@@ -130,6 +193,7 @@ def test_trainers_traps_are_set_otherwise(tmp_path):
     assert made.remove_unused_columns is False
     assert made.save_strategy == "epoch"
     assert made.report_to == []  # no tracker, no telemetry
+    assert made.ddp_find_unused_parameters is False  # it would walk the graph once more a step
 
 
 def test_the_learning_rate_remembers_whether_it_was_named(tmp_path):
@@ -144,6 +208,25 @@ def test_it_parses_from_flags_as_trls_scripts_do(tmp_path):
     (made,) = HfArgumentParser(QuarkConfig).parse_args_into_dataclasses(flags)
     assert (made.num_quantiles, made.pool_window, made.beta, made.draw) == (3, 2, 0.2, "all")
     assert made.reward_token_texts == ["bad", "so so", "good"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_parser_that_names_every_field_is_told_that_a_preset_would_change_nothing(tmp_path, preset):
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--preset", preset, "--draw", "all"]
+    with pytest.raises(ConfigError, match=f"preset='{preset}' came with every field named.*would stay") as caught:
+        HfArgumentParser(QuarkConfig).parse_args_into_dataclasses(flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_a_copy_of_a_config_keeps_its_values(tmp_path, preset):
+    made = config(tmp_path, preset=preset, num_rounds=2)
+    copy = dataclasses.replace(made, seed=1)
+    differ = {f.name for f in dataclasses.fields(made) if getattr(made, f.name) != getattr(copy, f.name)}
+    assert differ - {"accelerator_config"} == {"seed"}
+    if preset:  # with a value that may be named or not, it cannot tell a copy from a parser
+        with pytest.raises(ConfigError, match="For a copy of a config set preset=None"):
+            dataclasses.replace(config(tmp_path, preset=preset, draw="ends"))
 
 
 def test_it_round_trips_through_yaml(tmp_path):

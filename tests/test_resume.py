@@ -12,6 +12,7 @@ from tiny import tiny_gpt2
 from transformers import TrainerCallback
 
 import quark_lm.exploring as exploring
+import quark_lm.measuring as measuring
 from quark_lm import Pool, QuarkConfig
 from quark_lm.errors import ConfigError, RewardError
 from quark_lm.generation.hf import HFCompleter
@@ -115,7 +116,7 @@ def test_a_stop_while_held_out_prompts_are_completed_keeps_the_rounds_learning(r
     def complete(self, prompts, *args, **kwargs):
         if len(prompts) == 6:  # the held-out ones
             calls.append(1)
-            if len(calls) == round + 1:
+            if len(calls) == round + 2:  # the first is the base's
                 signal.raise_signal(signal.SIGTERM)
         return original(self, prompts, *args, **kwargs)
 
@@ -130,7 +131,7 @@ def test_a_stop_while_held_out_prompts_are_completed_keeps_the_rounds_learning(r
 
 def test_a_sample_that_was_kept_is_not_sampled_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        raises_at("a generation batch", 4, patch)
+        raises_at("a generation batch", 5, patch)  # the first is the base's, of held-out prompts
         with pytest.raises(KeyboardInterrupt, match=r"during round 1 explore; 32 of 48 samples are kept"):
             run(tmp_path).train()
     batches = []
@@ -240,6 +241,41 @@ def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path):
     assert Pool.open(tmp_path).rewards[0] != 0.5
 
 
+def worse_each_round(completions, trainer_state, **kwargs):
+    return [value - trainer_state.global_step for value in graded(completions)]
+
+
+@pytest.mark.parametrize("stop", [None, 4])
+def test_a_round_that_found_nothing_new_is_the_last_also_when_the_run_was_stopped(stop, tmp_path, monkeypatch):
+    settings = {"save_strategy": "epoch", "num_rounds": 4}
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, worse_each_round, given={"callbacks": [stopped_at(stop)]}, **settings).train()
+    trainer = make(tmp_path, worse_each_round, **settings)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.pool.num_rounds) == (4, 2)
+    again = make(tmp_path, worse_each_round, **settings)
+    again.train()
+    assert (again.state.global_step, again.pool.num_rounds) == (4, 2)
+    on = make(tmp_path / "on", worse_each_round, early_stop=False, **settings)
+    on.train()
+    assert on.state.global_step == 8
+
+
+def test_the_best_rounds_checkpoint_stays(tmp_path):
+    values = iter([0.0, 0.1, 0.9, 0.5, 0.4, 0.3])  # the base's, then each round's
+
+    def independent(completions, **kwargs):
+        value = next(values)
+        return [value for _ in completions]
+
+    given = {**EVAL, "eval_reward_funcs": [independent]}
+    trainer = make(tmp_path, given=given, save_strategy="epoch", num_rounds=5, save_total_limit=2)
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-10"}
+    assert trainer.verdict()["verdict"] in ("better", "no gain")
+
+
 def test_the_same_trainer_goes_on_after_a_stop(whole, tmp_path):
     class Once(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -261,7 +297,7 @@ def test_an_evaluation_before_training_is_kept_beside_the_runs_own(tmp_path):
     before = trainer.evaluate()
     trainer.train()
     lines = metrics(tmp_path)
-    assert lines[0]["eval_reward"] == before["eval_reward"]
+    assert lines[0]["eval_reward"] == before["eval_reward"] != lines[1]["base_reward"]
     assert (lines[0]["step"], lines[0]["untrained"]) == (0, True)
     assert [line["step"] for line in lines if "eval_reward" in line] == [0, 3, 6]
 
@@ -309,3 +345,28 @@ def test_the_trainer_changes_no_setting_of_its_caller(tmp_path):
         tiny_gpt2(), graded, args, prompts, processing_class=tiny_tokenizer(), peft_config=lora(fan_in_fan_out=True)
     )
     assert (args.learning_rate, trainer.args.learning_rate) == (1e-5, 6e-4)
+
+
+BASE = {"base_reward": 0.4, "base_reward_se": 0.02, "base_other": 0.3, "base_other_se": 0.02,
+        "base_reference_perplexity": 20.0, "base_dist_2": 0.9, "step": 0}  # fmt: skip
+LAST = {"eval_reward": 0.6, "eval_reward_se": 0.02, "eval_other": 0.5, "eval_other_se": 0.02,
+        "eval_reference_perplexity": 21.0, "eval_dist_2": 0.88, "step": 9}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "independent", "word", "drifted"),
+    [
+        ({}, ["other"], "better", False),
+        ({}, [], "unconfirmed", False),
+        ({"eval_other": 0.34}, ["other"], "reward hacking", False),
+        ({"eval_other": 0.339, "eval_other_se": 0.0}, ["other"], "reward hacking", False),  # 2 x .02 is not passed
+        ({"eval_reward": 0.45}, ["other"], "no gain", False),
+        ({"eval_reference_perplexity": 23.5}, ["other"], "better", True),
+        ({"eval_dist_2": 0.8}, ["other"], "better", True),
+    ],
+)
+def test_the_verdict_says_what_the_held_out_prompts_show(changes, independent, word, drifted):
+    told = measuring.verdict([BASE, {**LAST, "eval_reward": 0.1}, {**LAST, **changes}], independent)
+    assert (told["verdict"], told["drifted"]) == (word, drifted)
+    assert told["text"].endswith(".")
+    assert measuring.verdict([BASE], independent) == {}

@@ -216,7 +216,7 @@ def test_several_rewards_are_weighted_and_kept_apart_in_the_pool(tmp_path):
     parts = np.array([table.column(f"reward/{name}").to_pylist() for name in ("graded", "long")])
     np.testing.assert_allclose(table.column("reward").to_pylist(), 2 * parts[0] + 0.5 * parts[1])
     assert table.column("extra/first letter").to_pylist() == [c[:1] for c in table.column("completion").to_pylist()]
-    assert metrics(tmp_path)[0]["letters"] == sum(parts[1])
+    assert metrics(tmp_path)[0]["rewards/letters"] == sum(parts[1])
 
 
 def test_samples_without_a_reward_are_counted_kept_and_never_drawn(tmp_path):
@@ -740,8 +740,10 @@ def test_every_metric_line_has_its_round_and_step(tmp_path):
     assert [(line["round"], line["step"]) for line in lines if "samples" in line] == [(0, 0), (1, 2)]
     assert [(line["round"], line["step"]) for line in lines if "eval_reward" in line] == [(0, 2), (1, 4)]
     assert all({"round", "step"} <= set(line) for line in lines)
-    assert lines[0]["reward"] == pytest.approx(trainer.pool.to_table([0]).column("reward").to_numpy().mean())
-    assert lines[0]["pool_samples"] == 12
+    assert [(line["round"], line["step"]) for line in lines if "base_reward" in line] == [(0, 0)]
+    first = next(line for line in lines if "samples" in line)
+    assert first["reward"] == pytest.approx(trainer.pool.to_table([0]).column("reward").to_numpy().mean())
+    assert first["pool_samples"] == 12
     assert "share_above_best" in next(line for line in lines if line["round"] == 1)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from dataclasses import dataclass, field, fields
+import math
+import numbers
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -50,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "disable_dropout": True,
     },
 }
-# The authors' script differs from the paper's equations in these.
+# The authors' script differs from the paper's equations in these, and in what no field sets (docs/differences.md).
 PRESETS["authors"] = {
     **PRESETS["paper"],
     "kl_direction": "reverse",
@@ -70,10 +72,44 @@ _CHOICES = {
     "kl_direction": ("forward", "reverse"),
 }
 
+# Fields of TrainingArguments that Quark's own loop never reads, each with what to do instead.
+_NO_EFFECT = {
+    "label_smoothing_factor": "the loss is Quark's own. Leave it out",
+    "train_sampling_strategy": "a round's draws are Quark's own. Set draw",
+    "data_seed": "the draws depend on seed alone. Set seed",
+    "remove_unused_columns": "the reward functions get every column. Remove columns from the data set",
+    "per_device_eval_batch_size": "held-out prompts are completed in generation's batches. Set generation_batch_size",
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics",
+            "bf16_full_eval",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "fp16_full_eval",
+            "include_for_metrics",
+            "prediction_loss_only",
+        ),
+        "held-out prompts are completed and scored, not run through Trainer's evaluation loop. Leave it out",
+    ),
+}
+
+# The types that our own annotations name, and what to call them.
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "text"),
+}
+
 
 @dataclass
 class QuarkConfig(TrainingArguments):
     """The settings of one run: those of `transformers.TrainingArguments`, and Quark's own.
+
+    `preset="authors"` restores the authors' code in every row of docs/differences.md that names a field. A preset needs
+    to know which fields were named: `HfArgumentParser` names them all, so with it a preset is refused unless it changes
+    nothing. `quark train` passes on only what was named.
 
     Example:
         ```python
@@ -88,7 +124,10 @@ class QuarkConfig(TrainingArguments):
 
     preset: str | None = field(
         default=None,
-        metadata={"help": "'paper' or 'authors': their settings for every field that you do not name. None: ours."},
+        metadata={
+            "help": "'paper' or 'authors' (in every row of docs/differences.md that names a field): their settings for"
+            " every field that you do not name. None: ours."
+        },
     )
 
     # -- rounds: explore, quantize, learn
@@ -205,12 +244,40 @@ class QuarkConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum. None: 1 each."}
     )
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that the rewards get at once, rounded to whole groups of num_generations; None: 256."
+            " What is scored is kept if the run stops."
+        },
+    )
+    reward_retries: int = field(
+        default=2,
+        metadata={
+            "help": "How often a reward that raises is called again, with growing pauses, before its batch counts as"
+            " having none."
+        },
+    )
+    max_failed_rewards: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of a round's completions whose reward may fail before the run stops; 0: the first failure"
+            " stops it."
+        },
+    )
 
     # -- held-out prompts
     eval_every: int = field(
         default=1, metadata={"help": "The held-out prompts are completed and scored every so many rounds; 0: never."}
     )
     num_eval_generations: int = field(default=2, metadata={"help": "Completions of each held-out prompt then."})
+    early_stop: bool = field(
+        default=True,
+        metadata={
+            "help": "End the run after a round of which no sample was as good as the best quantile of the rounds"
+            " before: there is nothing new to learn."
+        },
+    )
 
     # -- model and logs
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -237,6 +304,13 @@ class QuarkConfig(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns pass through to the rewards."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "A draw is small; pinning it buys nothing."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "A step uses every parameter that learns; looking for others walks the graph once more. True for"
+            " models that leave some out, such as mixtures of experts."
+        },
+    )
     # in this order: HfArgumentParser (transformers 5.24) takes the second of the three as the flag's type
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers, such as 'tensorboard'."}
@@ -249,13 +323,35 @@ class QuarkConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_quark_fields()
+        self._check_trainer_fields()
         # One round is one epoch: Trainer's own counters, schedules and checkpoints then count rounds.
         self.num_train_epochs = self.num_rounds
         self.learning_rate_is_default = self.learning_rate is None
         if self.learning_rate is None:
             self.learning_rate = 1e-5  # QuarkTrainer raises it for an adapter
         super().__post_init__()
+        self._check_parsed_fields()
+
+    def _check_types(self) -> None:
+        """Raises: ConfigError for a value that is of another type than our field, such as text for a number."""
+        for name, annotation in QuarkConfig.__annotations__.items():
+            kind = annotation.removesuffix(" | None")  # annotations are text here
+            item = kind.removeprefix("list[").removesuffix("]")
+            value = getattr(self, name)
+            if item not in _KINDS or (value is None and kind != annotation):
+                continue
+            expected, words = _KINDS[item]
+            values = [value]
+            if kind != item:
+                words = f"a list, each item {words}"
+                values = list(value) if isinstance(value, (list, tuple)) else [None]
+            # True is a number to Python
+            if not all(isinstance(v, expected) and (item == "bool" or not isinstance(v, bool)) for v in values):
+                raise ConfigError(f"{name}={value!r} is of type {type(value).__name__}. Give {words}.")
+            if kind == item == "int":
+                setattr(self, name, int(value))  # numpy's integers are no JSON
 
     def _check_quark_fields(self) -> None:
         for name, choices in _CHOICES.items():
@@ -280,6 +376,8 @@ class QuarkConfig(TrainingArguments):
             "prompts_first_round": 1,
             "pool_window": 1,
             "generation_batch_size": 1,
+            "reward_batch_size": 1,
+            "reward_retries": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -294,7 +392,14 @@ class QuarkConfig(TrainingArguments):
         for name in ("token_dropout", "heldout_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a share. Set it to 0 or more and below 1.")
-        if not abs(self.explore_strength) < float("inf"):
+        if not 0.0 <= self.max_failed_rewards <= 1.0:
+            raise ConfigError(f"max_failed_rewards={self.max_failed_rewards} is not a share. Set it from 0 to 1.")
+        if self.min_completion_length > self.max_completion_length:
+            raise ConfigError(
+                f"min_completion_length={self.min_completion_length} is above max_completion_length="
+                f"{self.max_completion_length}, so no completion could ever end. Lower it."
+            )
+        if not math.isfinite(self.explore_strength):
             raise ConfigError(f"explore_strength={self.explore_strength} is not a number. Set it to 1 for plain Quark.")
         if self.reward_token_texts is not None and len(self.reward_token_texts) != self.num_quantiles:
             raise ConfigError(
@@ -311,6 +416,18 @@ class QuarkConfig(TrainingArguments):
                 "reward_token_position='before_bos' puts words before the beginning-of-text token, which no model has"
                 " seen. Use 'first'."
             )
+
+    def _check_trainer_fields(self) -> None:
+        """Raises: ConfigError for what Trainer offers and here would do nothing, or harm."""
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name in _NO_EFFECT and getattr(self, f.name) != default:
+                raise ConfigError(f"{f.name}={getattr(self, f.name)!r} would do nothing: {_NO_EFFECT[f.name]}.")
+        if self.num_train_epochs not in (TrainingArguments.num_train_epochs, self.num_rounds):
+            raise ConfigError(
+                f"num_train_epochs={self.num_train_epochs} would do nothing: one round is one epoch. Set num_rounds."
+            )
+        self._check_eval_fields()
         if self.auto_find_batch_size:
             raise ConfigError(
                 "auto_find_batch_size=True restarts the loop with fewer draws a step, so a round would not be the same"
@@ -319,6 +436,21 @@ class QuarkConfig(TrainingArguments):
         if self.ignore_data_skip:
             raise ConfigError(
                 "ignore_data_skip=True would draw a resumed round's first rows twice. Leave it False: skipping is free."
+            )
+        if self.save_only_model:
+            raise ConfigError(
+                "save_only_model=True leaves the optimizer out of a checkpoint, so a resumed run would be another run."
+                " Leave it False; model/ is the model alone."
+            )
+        if self.enable_jit_checkpoint:
+            raise ConfigError(
+                "enable_jit_checkpoint=True would take SIGTERM from Quark, which saves a checkpoint then already. Leave"
+                " it False."
+            )
+        if self.push_to_hub:
+            raise ConfigError(
+                "push_to_hub=True would publish the whole run folder, the pool with every prompt and completion too."
+                " Publish the model alone when the run is done: hf upload OWNER/NAME RUN/model."
             )
         if self.dataloader_num_workers or self.dataloader_persistent_workers:
             raise ConfigError(
@@ -329,6 +461,41 @@ class QuarkConfig(TrainingArguments):
             raise ConfigError(
                 f"max_steps={self.max_steps} would cut a round. Set num_rounds and steps_per_round;"
                 " their product is it."
+            )
+
+    def _check_eval_fields(self) -> None:
+        if self.eval_strategy == "epoch":
+            raise ConfigError(
+                "eval_strategy='epoch' would do nothing that eval_every does not do. Leave it out; to measure more"
+                " often, or for load_best_model_at_end, set eval_strategy='steps' and eval_steps."
+            )
+        if self.eval_strategy != "steps":
+            for name in ("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} would do nothing without eval_strategy='steps'. Set that and"
+                        " eval_steps too, or leave it out: eval_every counts rounds."
+                    )
+            if self.save_strategy == "best":
+                raise ConfigError(
+                    "save_strategy='best' would never save without eval_strategy='steps'. Set that, eval_steps and"
+                    " metric_for_best_model too, or save_strategy='epoch'."
+                )
+
+    def _check_parsed_fields(self) -> None:
+        """What TrainingArguments has read from JSON by now. Raises: ConfigError."""
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ConfigError(
+                    f"accelerator_config sets {name}, which would cut a batch's packed completion tokens as if they"
+                    " were its rows. Leave it out: each process draws its own batch."
+                )
+        liger: Any = self.liger_kernel_config or {}
+        if self.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+            raise ConfigError(
+                "use_liger_kernel=True replaces the model's forward, in which Quark's loss runs. Set"
+                " liger_kernel_config={'fused_linear_cross_entropy': False} too: Quark's loss makes no large logits"
+                " anyway."
             )
 
 
@@ -349,10 +516,26 @@ def _with_preset(init: Any) -> Any:
                 raise ConfigError(
                     f"preset={preset!r} is unknown. Use {' or '.join(map(repr, PRESETS))}, or leave it out."
                 )
+            if len(args) + len(kwargs) == len(names):
+                _check_preset_is_in(preset, {**dict(zip(names, args, strict=False)), **kwargs})
             kwargs = {**PRESETS[preset], **kwargs}
         init(self, *args, **kwargs)
 
     return __init__
+
+
+def _check_preset_is_in(preset: str, values: dict[str, Any]) -> None:
+    """Raises: ConfigError when a field has our default, which may have been named or not, where a preset differs.
+
+    Whoever names every field is a parser, or a copy of another config, whose preset is in its values already.
+    """
+    for name, wanted in PRESETS[preset].items():
+        if values[name] == getattr(QuarkConfig, name) != wanted:
+            raise ConfigError(
+                f"preset={preset!r} came with every field named, as HfArgumentParser does, so {name} would stay"
+                f" {values[name]!r} in place of {wanted!r}. Name only what you mean: quark train, or"
+                f" QuarkConfig(preset={preset!r}, ...). For a copy of a config set preset=None."
+            )
 
 
 QuarkConfig.__init__ = _with_preset(QuarkConfig.__init__)  # type: ignore[method-assign]

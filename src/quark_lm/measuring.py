@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import quantiles
+from .evaluation.metrics import distinct_n_per_prompt
 from .policy import completion_log_probs
 
 if TYPE_CHECKING:
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
 # Samples of a round whose perplexity under the original model is measured; the mean of so many is steady enough.
 _PERPLEXITY_ROWS = 128
+# Above the base's perplexity, or below its dist-2, by more than these shares the text counts as drifted.
+_DRIFT = {"reference_perplexity": 0.15, "dist_2": -0.1}
 # With fewer held-out rows at either end the AUC says nothing.
 _LEAST_ROWS = 4
 
@@ -113,3 +118,79 @@ def warn_of_meaning(trainer: QuarkTrainer, round: int, figures: dict[str, float]
             " (steps_per_round), sample more (prompts_first_round), or use text tags.",
             stacklevel=3,
         )
+
+
+def held_out_figures(columns: dict[str, np.ndarray], texts: list[str], num_generations: int) -> dict[str, float]:
+    """The mean of each scorer over the completions, its standard error over prompts, and dist-2.
+
+    Args: columns: each scorer's values, NaN for none, prompt by prompt. A scorer that gave no value has no figures.
+    """
+    figures: dict[str, float] = {}
+    for name, values in columns.items():
+        if not np.isfinite(values).any():
+            continue
+        figures[name] = float(np.nanmean(values))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a prompt without a value has no mean
+            of_prompt = np.nanmean(values.reshape(-1, num_generations), axis=1)
+        of_prompt = of_prompt[np.isfinite(of_prompt)]
+        if len(of_prompt) > 1:
+            figures[f"{name}_se"] = float(of_prompt.std(ddof=1) / math.sqrt(len(of_prompt)))
+    groups = [texts[start : start + num_generations] for start in range(0, len(texts), num_generations)]
+    distinct = np.array(distinct_n_per_prompt(groups, 2), dtype=float)
+    if np.isfinite(distinct).any():
+        figures["dist_2"] = float(np.nanmean(distinct))
+    return figures
+
+
+def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict[str, Any]:
+    """What the held-out prompts say of a run, in a word and in a sentence.
+
+    A score rose when it is above the base's by twice the standard error of the difference.
+
+    Args: lines: of metrics.jsonl; independent: names of the scorers that training never saw.
+    Returns: verdict ("better", "reward hacking", "unconfirmed" where no independent scorer measured, "no gain"),
+        drifted, and text; empty when the held-out prompts were not measured before and after.
+    """
+    base = next((line for line in lines if "base_reward" in line), None)
+    last = next((line for line in reversed(lines) if "eval_reward" in line and not line.get("untrained")), None)
+    if base is None or last is None:
+        return {}
+
+    def told(name: str) -> tuple[bool, str]:
+        before, after = base[f"base_{name}"], last[f"eval_{name}"]
+        error = math.hypot(base.get(f"base_{name}_se", 0.0), last.get(f"eval_{name}_se", 0.0))
+        return after - before > 2 * error, f"{before:.3f} -> {after:.3f}"
+
+    rose, reward = told("reward")
+    others = {name: told(name) for name in independent if f"base_{name}" in base and f"eval_{name}" in last}
+    flat = [f"{name} ({change})" for name, (went_up, change) in others.items() if not went_up]
+    if not rose:
+        word, text = "no gain", f"The held-out reward did not rise ({reward})."
+    elif flat:
+        word = "reward hacking"
+        text = f"The held-out reward rose ({reward}), but not {', '.join(flat)}: the model may only please the reward."
+    elif others:
+        word = "better"
+        shown = ", ".join(f"{name} ({change})" for name, (_, change) in others.items())
+        text = f"The held-out reward rose ({reward}), and so did {shown}, which training never saw."
+    else:
+        word = "unconfirmed"
+        text = (
+            f"The held-out reward rose ({reward}); no scorer that training never saw confirms it (eval_reward_funcs)."
+        )
+    drifted = []
+    for name, share in _DRIFT.items():
+        before, after = base.get(f"base_{name}"), last.get(f"eval_{name}")
+        if before and after and (after / before - 1) * math.copysign(1, share) > abs(share):
+            drifted.append(f"{name.replace('_', ' ')} {before:.3g} -> {after:.3g}")
+    if drifted:
+        text += f" The text drifted: {', '.join(drifted)}."
+    return {"verdict": word, "drifted": bool(drifted), "text": text, "step": last["step"]}
+
+
+def best_step(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> int | None:
+    """The step at whose end the held-out prompts scored best, by the first independent scorer where there is one."""
+    name = f"eval_{independent[0] if independent else 'reward'}"
+    measured = [line for line in lines if line.get(name) is not None and not line.get("untrained")]
+    return max(measured, key=lambda line: line[name])["step"] if measured else None

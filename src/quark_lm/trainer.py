@@ -213,7 +213,7 @@ class QuarkTrainer(Trainer):
         self.draws: list[Draw] = []
         self.round_metrics: dict[str, Any] = {}
         self.interrupted = False
-        self._trains = self._is_finished = False
+        self._trains = self._is_finished = self._stops_early = False
         self._measured_at = -1  # the step at which a round's last measurements were made
         self._owed: int | None = None  # the round whose last measurements a stopped run did not make
         # since the last line of metrics: NLL, KL, entropy, tokens, loss, steps
@@ -455,7 +455,8 @@ class QuarkTrainer(Trainer):
     ) -> dict[str, float]:
         """Completes held-out prompts with the best token and scores them, with the independent scorers too.
 
-        Returns: eval_reward and eval_<function>: means over completions; eval_reference_perplexity.
+        Returns: eval_reward and eval_<function>: means over completions, and their standard errors over prompts
+            (eval_..._se); eval_reference_perplexity; eval_dist_2.
         """
         del ignore_keys
         prompts = self.eval_prompts
@@ -463,27 +464,39 @@ class QuarkTrainer(Trainer):
             prompts = encode(checked(eval_dataset, "eval_dataset"), self.processing_class, self.reward_tokens.position)
         if prompts is None:
             raise DataError("evaluate() needs held-out prompts. Give QuarkTrainer an eval_dataset.")
+        metrics = self._held_out(prompts, self.reward_tokens.best, metric_key_prefix)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_base(self) -> dict[str, float]:
+        """As `evaluate`, of the original model without a reward token; the names begin with base_."""
+        assert self.eval_prompts is not None
+        with self.as_reference():
+            return self._held_out(self.eval_prompts, None, "base")
+
+    def _held_out(self, prompts: EncodedPrompts, quantile: int | None, prefix: str) -> dict[str, float]:
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
-        repeated = prompts.select(np.repeat(np.arange(len(prompts)), self.args.num_eval_generations).tolist())
+        each = self.args.num_eval_generations
+        repeated = prompts.select(np.repeat(np.arange(len(prompts)), each).tolist())
         seeds = sample_seeds(self.args.seed, EVAL, num=len(repeated))
-        ids = self.complete(repeated, seeds, [self.reward_tokens.best] * len(repeated), verb="held-out prompts")
+        ids = self.complete(repeated, seeds, [quantile] * len(repeated), verb="held-out prompts")
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         with aside(self.args.seed, EVAL, self.accelerator.process_index):
             batch = score(self, self.rewards, repeated, texts, ids)
             columns = {"reward": batch.total, **batch.per_function}
             if self.eval_rewards:
                 columns |= score(self, self.eval_rewards, repeated, texts, ids).per_function
-        metrics = {
-            f"{metric_key_prefix}_{name}": float(np.nanmean(values))
-            for name, values in columns.items()
-            if np.isfinite(values).any()  # a scorer that gave only None has no mean
-        }
+        figures = measuring.held_out_figures(columns, texts, each)
         nll = [v for v in self.reference_nll(repeated.ids, ids) if v is not None]
-        metrics[f"{metric_key_prefix}_reference_perplexity"] = float(np.exp(nll).mean())
+        figures["reference_perplexity"] = float(np.exp(nll).mean())
+        metrics = {f"{prefix}_{name}": value for name, value in figures.items()}
         self.round_metrics |= metrics
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def verdict(self) -> dict[str, Any]:
+        """What the held-out prompts say of the run so far; see `measuring.verdict`."""
+        return measuring.verdict(self.metrics_file.lines(), self.eval_rewards.names if self.eval_rewards else ())
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Adds the learning step's own means since the last line, and writes the line to metrics.jsonl too."""
@@ -561,6 +574,12 @@ class QuarkTrainer(Trainer):
             self._sums[5] = marker.get("sums", [0.0] * 6)[5]
         if checkpoint:
             max_steps = args.num_rounds * args.steps_per_round
+            last = {
+                k: v for line in self.metrics_file.lines() if line.get("round") == round - 1 for k, v in line.items()
+            }
+            if marker.get("stops_early") or (self._owed is not None and self._nothing_new(last)):
+                max_steps = step  # the run ended here: what is left is to measure it
+                args.num_train_epochs = round
             self._is_finished = step >= max_steps and self._owed is None
             what = "is finished" if self._is_finished else f"goes on in round {min(round + 1, args.num_rounds)}"
             self.display.line(
@@ -660,9 +679,23 @@ class QuarkTrainer(Trainer):
             self.log(dict(figures))
         if self.eval_prompts is not None and args.eval_every and (round + 1) % args.eval_every == 0:
             self.evaluate()
+            if (
+                self.is_world_process_zero()
+            ):  # Trainer then keeps that round's checkpoint, whatever save_total_limit says
+                names = self.eval_rewards.names if self.eval_rewards else ()
+                self.state.best_global_step = measuring.best_step(self.metrics_file.lines(), names)
         self._measured_at = self.state.global_step
         self.display.round_line(round, args.num_rounds, self.round_metrics)
         measuring.warn_of_meaning(self, round, figures)
+        self._stops_early = self._nothing_new(self.round_metrics)
+        if self._stops_early and round + 1 < args.num_rounds:
+            self.display.line(
+                f"Stopping after round {round + 1} of {args.num_rounds}: none of its samples was as good as the best"
+                " quantile of the rounds before, so the next ones would learn nothing new (early_stop)."
+            )
+
+    def _nothing_new(self, figures: dict[str, Any]) -> bool:
+        return bool(self.args.early_stop) and figures.get("share_above_best") == 0.0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -693,6 +726,8 @@ class _Rounds(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._measured_at = state.global_step if trainer._owed is None else -1
+        if trainer.eval_prompts is not None and args.eval_every and state.global_step == 0:
+            trainer.evaluate_base()
         if trainer._owed is not None:  # stopped between a round's last step and what is measured then
             round, trainer._owed = trainer._owed, None
             trainer.quantize(round)
@@ -736,12 +771,20 @@ class _Rounds(TrainerCallback):
             return
         try:
             trainer.finish_round(state.global_step // args.steps_per_round - 1)
+            if trainer._stops_early:
+                control.should_training_stop = True
         except KeyboardInterrupt as stopped:
             if not stopped.args:
                 raise  # a second Ctrl-C, which stops at once
             # the round's learning is saved; what was not measured will be when the run goes on
             control.should_save = True
             control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        told = trainer.verdict() if trainer.is_world_process_zero() and not trainer.interrupted else {}
+        if told:
+            trainer.display.line(told["text"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Marks the checkpoint as complete: each rank calls this when Trainer has written its part."""
@@ -753,6 +796,7 @@ class _Rounds(TrainerCallback):
                 "step": state.global_step,
                 "pool_sha256": trainer.open_pool().hashes(),
                 "measured": trainer._measured_at == state.global_step,
+                "stops_early": trainer._stops_early,
                 "sums": sums,
             }
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
