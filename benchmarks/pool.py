@@ -1,0 +1,143 @@
+"""The pool at ten million samples: ranking and drawing, appending a round, gathering a round's draws.
+
+    python benchmarks/pool.py --json FILE
+    python benchmarks/pool.py --rows 1000000 --rounds 20
+
+Each part runs in a process of its own, whose peak memory above what it began with is told. The samples are synthetic;
+the Parquet files are real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quark_lm import Pool, quantiles
+
+
+def rewards(rows: int) -> np.ndarray:
+    """Scores of a classifier, a third of them rounded, so that there are ties."""
+    values = np.random.default_rng(0).beta(0.5, 0.8, rows)
+    values[::3] = values[::3].round(3)
+    return values
+
+
+def columns(rows: int, seed: int) -> dict:
+    """One round's: 12-token prompts, 20-token completions and their text."""
+    numbers = np.random.default_rng(seed)
+    prompt, completion = numbers.integers(0, 49_152, (rows, 12)), numbers.integers(0, 49_152, (rows, 20))
+    return {
+        "prompt_index": numbers.integers(0, 100_000, rows),
+        "prompt_ids": list(prompt.astype(np.int32)),
+        "completion_ids": list(completion.astype(np.int32)),
+        "token_at": np.zeros(rows, np.int32),
+        "prompt": [f"prompt number {i} of the training set" for i in range(rows)],
+        "completion": [f" goes on with some twenty tokens of text, number {i}, as it was drawn" for i in range(rows)],
+        "reward": numbers.random(rows),
+        "held_out": numbers.random(rows) < 0.1,
+    }
+
+
+def make(folder: Path, rows: int, rounds: int) -> None:
+    """A pool on disk; its rounds are one round's file under other names, with a manifest that is true of them."""
+    pool = Pool.open(folder, create=True)
+    pool.append(0, columns(rows // rounds, 0))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["rounds"][0]
+    table = pq.read_table(folder / entry["file"])
+    for round in range(1, rounds):
+        name = f"round-{round:05d}.parquet"
+        numbered = table.set_column(0, "round", pa.array([round] * table.num_rows, pa.int32()))
+        pq.write_table(numbered, folder / name, compression="zstd", row_group_size=16_384)
+        manifest["rounds"].append({**entry, "round": round, "file": name})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def status(field: str) -> float:
+    """MiB; needs Linux."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field}: the memory figure needs Linux")
+
+
+def measured(function) -> dict[str, float]:
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    started = time.perf_counter()
+    function()
+    return {"seconds": time.perf_counter() - started, "peak_gib": (status("VmHWM") - before) / 1024}
+
+
+def part(name: str, folder: Path, rows: int) -> dict[str, float]:
+    if name == "rank":
+        values = rewards(rows)
+        return measured(lambda: quantiles.assign(values, 5))
+    if name == "draw":
+        assigned = quantiles.assign(rewards(rows), 5)
+        return measured(lambda: quantiles.draw(assigned, 64_000, 0, 3, "ends", 5))
+    if name == "open":
+        return measured(lambda: Pool.open(folder))
+    pool = Pool.open(folder)
+    if name == "gather":  # 500 steps of 128 draws
+        drawn = np.random.default_rng(1).integers(0, len(pool), 64_000)
+        return measured(lambda: pool.gather(drawn, ["prompt_ids", "completion_ids", "token_at"]))
+    new = columns(50_000, 9)
+    return measured(lambda: pool.append(pool.num_rounds, new))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(part(args.part, args.folder, args.rows)))
+        return
+    parts: dict[str, dict[str, float]] = {}
+
+    def run(name: str, folder: Path) -> dict[str, float]:
+        command = [sys.executable, __file__, "--part", name, "--folder", str(folder), "--rows", str(args.rows)]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        large, small = Path(temporary) / "large", Path(temporary) / "small"
+        make(large, args.rows, args.rounds)
+        make(small, args.rows // args.rounds, 1)
+        for name in ("rank", "draw", "open", "gather", "append"):
+            parts[name] = run(name, large)
+        for name in ("gather", "append"):
+            parts[f"{name}_in_a_pool_of_one_round"] = run(name, small)
+        size = sum(path.stat().st_size for path in large.iterdir()) / 2**30
+    result = {
+        "name": "pool",
+        "ratio": parts["append"]["seconds"] / parts["append_in_a_pool_of_one_round"]["seconds"],
+        "rows": args.rows,
+        "rounds": args.rounds,
+        "gib_on_disk": size,
+        "parts": parts,
+        "cpus": os.cpu_count(),
+        "hardware": platform.processor() or platform.machine(),
+        "numpy": np.__version__,
+    }
+    print(json.dumps(result, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
