@@ -195,8 +195,8 @@ def test_a_tag_that_the_model_understands_has_a_high_auc_and_the_reverse_a_low_o
         vowels, PROMPTS, model=(tiny_gpt2(), tokenizer), num=100, tag_sets=[["bad", "good"], ["good", "bad"]]
     )
     right, wrong, _ = report.tags
-    assert right.auc > 0.95
-    assert wrong.auc < 0.05
+    assert right.auc > 0.9
+    assert wrong.auc < 0.1
     assert right.drift == pytest.approx(1.0)
     findings = report.findings[-3:]
     assert [finding.ok for finding in findings] == [True, False, True]

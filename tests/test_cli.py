@@ -1,5 +1,6 @@
 """The command `quark`: end to end on a tiny model, its exit codes, and one line for every bad input."""
 
+import io
 import json
 import os
 import re
@@ -149,11 +150,29 @@ def test_help_takes_under_half_a_second_and_imports_no_torch():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "check-reward", "pool"])
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "check-reward", "pool"])
 def test_help_of_a_command_imports_no_torch(command):
-    code = f"import sys; from quark_lm.cli import main; print(main(['{command}', '--help']), 'torch' in sys.modules)"
+    code = (
+        f"import sys; from quark_lm.cli import main; code = main(['{command}', '--help']); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), code)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "0 False"
+    assert result.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_the_list_of_commands_cuts_no_line(capsys):
+    assert main(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
+
+
+def test_the_file_of_fields_is_what_the_dataclasses_say():
+    import transformers
+
+    stored, described = train_command._stored_fields(), train_command.described_fields()
+    advice = "write it anew: python -m quark_lm.train_command"
+    assert stored["sections"][:2] == described["sections"][:2], advice
+    if stored["transformers"] == transformers.__version__:  # its own fields differ between versions
+        assert stored == described, advice
 
 
 def test_help_of_train_lists_every_field_with_its_help(capsys):
@@ -282,6 +301,7 @@ def test_a_wrong_yaml_is_an_error_that_names_the_field(data, words, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--confg", "run.yaml"], r"confg in the flags is no field of a run. Did you mean config\?"),
         (["--lora_alfa", "4"], "lora_alfa in the flags is no field of a run. Did you mean lora_alpha"),
         (["--num_rounds", "x"], "num_rounds: invalid int value"),
         (["--num_rounds"], "num_rounds: expected one argument"),
@@ -304,20 +324,43 @@ def test_an_empty_yaml_names_nothing(tmp_path):
 
 def test_train_leaves_a_model_and_results_and_the_same_command_goes_on(files, finished_run, capsys):
     results = json.loads((finished_run / "results.json").read_text())
-    assert results["scorers"] == {"vowels": {"use": "reward", "name": "vowels", "version": None}}
-    assert results["seeds"] == {"seed": 42}
+    [(name, scorer)] = results["scorers"].items()
+    assert (name, scorer["use"], scorer["name"]) == ("vowels", "reward", "vowels")
+    assert scorer["version"].startswith("source ")
+    assert results["seed"] == 42
     assert (results["rounds"], results["steps"], results["last_round"]["round"]) == (2, 4, 1)
     assert 0 <= results["last_round"]["eval_vowels"] <= 1
     assert (finished_run / "model" / "model.safetensors").is_file()
-    assert "eval_vowels" in (finished_run / "model" / "README.md").read_text()
     rows = len(Pool.open(finished_run))
+    saved = (finished_run / "model" / "model.safetensors").stat().st_mtime_ns
 
     flags = train_flags(files, finished_run, eval_prompts=str(files / "prompts.jsonl"))
     assert main(["train", *flags]) == 0
     assert f"The model is in {finished_run / 'model'}" in capsys.readouterr().out
     assert len(Pool.open(finished_run)) == rows
-    again = json.loads((finished_run / "results.json").read_text())
-    assert again["last_round"]["eval_vowels"] == results["last_round"]["eval_vowels"]
+    # nothing is made anew
+    assert json.loads((finished_run / "results.json").read_text()) == results
+    assert (finished_run / "model" / "model.safetensors").stat().st_mtime_ns == saved
+
+
+def test_the_results_of_train_tell_base_from_quark_on_the_held_out_prompts(finished_run):
+    results = json.loads((finished_run / "results.json").read_text())
+    assert [row["system"] for row in results["systems"]] == ["base", "Quark"]
+    for row in results["systems"]:
+        assert row["completions"] == 36 * results["completions_per_prompt"]
+        assert row["vowels"]["mean"].keys() == row["perplexity"].keys() == {"mean", "low", "high"}
+        assert row["vowels"]["mean"]["low"] < row["vowels"]["mean"]["mean"] < row["vowels"]["mean"]["high"]
+        assert "wanted" not in row["vowels"]  # nobody said which values it wants
+    # the same prompts, asked in the same way, a moment before
+    assert results["systems"][1]["vowels"]["mean"]["mean"] == pytest.approx(
+        results["last_round"]["eval_vowels"], abs=0.1
+    )
+    assert "| Quark | 72 |" in (finished_run / "model" / "README.md").read_text()
+
+
+def test_the_results_of_train_have_no_table_without_held_out_prompts(files, tmp_path):
+    assert main(["train", *train_flags(files, tmp_path / "run", num_rounds=1)]) == 0
+    assert "systems" not in json.loads((tmp_path / "run" / "results.json").read_text())
 
 
 def test_the_yaml_in_the_run_folder_is_the_same_run(files, finished_run):
@@ -334,6 +377,7 @@ def test_an_adapter_with_new_tokens_trains_from_yaml_by_a_function_of_a_module(f
     settings = train_settings(files, Path("out"), reward_funcs=rewards)
     settings |= {"reward_weights": [1, 0.5], "eval_reward_funcs": "my_rewards_of_test_cli:two_values"}
     settings |= {"use_peft": True, "lora_r": 2, "reward_token_style": "embedding", "eval_prompts": settings["prompts"]}
+    settings["meaning_rows"] = 0  # so few samples tell nothing of the tokens, and that is warned of
     Path("run.yaml").write_text(yaml.safe_dump(settings))
     assert main(["train", "--config", "run.yaml"]) == 0
     assert "warning" not in capsys.readouterr().err
@@ -353,7 +397,7 @@ def test_an_adapter_with_new_tokens_trains_from_yaml_by_a_function_of_a_module(f
     assert main(argv) == 0
     assert capsys.readouterr().out == finished
     # whatever a measurement would say now, the run keeps the weights' dtype
-    dtype = json.loads(Path("out/run.json").read_text())["model_init_kwargs"]["dtype"]
+    dtype = json.loads(Path("out/run.json").read_text())["dtype"]
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     monkeypatch.setattr("quark_lm.packaged.fastest_dtype", lambda: f"torch.{other}")
     assert main(["train", "--config", "run.yaml"]) == 0
@@ -366,7 +410,8 @@ def test_an_interrupted_run_says_so_and_goes_on(files, tmp_path, capsys):
     assert main(["train", *flags]) == 130
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines()[-1] == ("quark: interrupted. The same command goes on from the last saved step.")
+    last = captured.err.splitlines()[-1]
+    assert re.fullmatch(r"quark: interrupted\. Stopped .*round 2.* kept\. The same command goes on\.", last)
     assert not (tmp_path / "run" / "results.json").exists()
     assert main(["train", *flags]) == 0
     assert (tmp_path / "run" / "results.json").is_file()
@@ -394,7 +439,7 @@ BAD_TRAININGS = {
     "no prompt column": ({"prompts": "{tmp}/texts.jsonl"}, "no column `prompt`"),
     "a prompt longer than the context": ({"prompts": "{tmp}/long.jsonl"}, "tokens, but only"),
     "a reward that raises": (
-        {"reward_funcs": "{files}/rewards.py:raising"},
+        {"reward_funcs": "{files}/rewards.py:raising", "reward_retries": 0},
         "raising raised KeyError: 'no such score'",
     ),
     "a reward of another length": ({"reward_funcs": "{files}/rewards.py:too_few"}, "returned 1 rewards for 24 comp"),
@@ -417,6 +462,10 @@ BAD_TRAININGS = {
     "wrong layers": ({"use_peft": True, "lora_target_modules": "q_zzz"}, "are no layers of this model"),
     "two weights for one reward": ({"reward_weights": [1, 2]}, "2 entries for 1 reward"),
     "no initial pool": ({"initial_pool": "{tmp}/none.jsonl"}, "There is no file"),
+    "a file as the run's folder": ({"output_dir": "{tmp}/empty.jsonl"}, "is a file, and a run needs a folder"),
+    "a folder in a file": ({"output_dir": "{tmp}/empty.jsonl/run"}, "empty.jsonl, which is a file"),
+    "a tracker that is not installed": ({"report_to": "clearml"}, "report_to=clearml cannot be used ("),
+    "no such tracker": ({"report_to": "paper"}, "report_to=paper: paper is not supported"),
     "no prompts named": ({"prompts": None}, "Nothing is named as prompts"),
 }
 
@@ -440,6 +489,13 @@ def test_bad_input_of_train_is_one_line_and_code_2(what, files, finished_run, tm
     assert words in run_line(capsys, ["train", "--config", str(tmp_path / "run.yaml")])
 
 
+def test_a_folder_that_may_not_be_written_is_one_line_and_code_2(files, tmp_path, capsys, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(train_command.os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
+    flags = train_flags(files, tmp_path / "closed" / "run")
+    assert f"nothing may be written in {tmp_path / 'closed'}" in run_line(capsys, ["train", *flags])
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(files, tmp_path, capsys, monkeypatch):
     import pyarrow.parquet as pq
 
@@ -449,7 +505,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(files, tmp_path, c
     flags = train_flags(files, tmp_path / "run")
     monkeypatch.setattr(pq, "write_table", full)
     assert "No space left on device" in run_line(capsys, ["train", *flags])
-    assert not list((tmp_path / "run" / "pool").glob("*.p*"))  # neither a round nor a part of one
+    # neither a round nor a part of one, but what was sampled for it
+    assert not list((tmp_path / "run" / "pool").glob("*.parquet*"))
     monkeypatch.undo()
     assert main(["train", *flags]) == 0
 
@@ -486,6 +543,21 @@ def test_the_quantile_and_the_dial_change_what_is_said(finished_run, capsys):
     assert len({said(), said("--quantile", "worst"), said("--quantile", "none"), said("--strength", "4")}) >= 3
 
 
+@pytest.mark.parametrize("argv", [[], ["-"], ["--file", "-"]])
+def test_generate_reads_a_prompt_a_line_from_stdin(argv, finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the sun\n\na cat\r\n"))
+    assert main(["generate", str(finished_run), *argv, "--json"]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["the sun", "a cat"]
+
+
+def test_generate_leaves_stdin_alone_where_it_has_a_prompt_and_adds_it_for_a_dash(finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the sun"))
+    assert main(["generate", str(finished_run), "a", "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["generate", str(finished_run), "-", "a", "--json"]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["a", "the sun"]
+
+
 def test_one_prompt_streams_to_a_terminal_what_it_prints_elsewhere(finished_run, capsys, monkeypatch):
     argv = ["generate", str(finished_run), "the sun"]
     assert main(argv) == 0
@@ -513,7 +585,8 @@ def test_a_stream_waits_for_the_rest_of_a_character(capsys):
         (["{run}", " "], "A prompt is empty"),
         (["{run}", "a", "--quantile", "3"], "quantile=3 is not best, worst, none, or 0 to 2"),
         (["{run}", "a", "--quantile", "good"], "quantile=good is not"),
-        (["{run}", "a", "--quantile", "none", "--strength", "2"], "needs two reward tokens"),
+        (["{run}", "a", "--quantile", "none", "--strength", "2"], "strength=2.0 turns a reward token up"),
+        (["{run}", "a", "--max-completion-length", "500"], "leaves no room for a prompt in the 128 tokens"),
         (["{run}", "a", "--strength", "nan"], "not a finite number"),
         (["{run}", "a", "--top-p", "0"], "top_p=0.0 is not a probability"),
         (["{run}", "a", "--temperature", "-1"], "--temperature"),
@@ -522,12 +595,13 @@ def test_a_stream_waits_for_the_rest_of_a_character(capsys):
         (["{files}/base", "a", "--strength", "2"], "was not trained by Quark"),
         (["{files}/base", "a", "--quantile", "1"], "was not trained by Quark"),
         (["{files}", "a"], "holds no model"),
-        (["nobody/nothing", "a"], "could not be loaded"),
+        (["nobody/nothing", "a"], "There is no folder nobody/nothing here"),
         ([], "Missing argument"),
         (["{run}", "a", "--topp", "1"], "No such option"),
     ],
 )
-def test_bad_input_of_generate_is_one_line_and_code_2(argv, words, files, finished_run, capsys):
+def test_bad_input_of_generate_is_one_line_and_code_2(argv, words, files, finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     argv = [argument.format(run=finished_run, files=files) for argument in argv]
     assert words in run_line(capsys, ["generate", *argv])
 
@@ -656,14 +730,14 @@ def test_demo_passes_its_options_on(monkeypatch, capsys):
     def run_demo(**options):
         options["console"].print("a table")
         calls.append(options)
-        return {"task": options["task"]}
+        return {"task": options["task"], "figure": float("nan")}
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     assert main(["demo"]) == 0
     assert capsys.readouterr().out == "a table\n"
     assert main(["demo", "--task", "toxicity", "--seed", "3", "--budget", "short", "--prompts", "p.txt", "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == {"task": "toxicity"}
+    assert json.loads(captured.out, parse_constant=pytest.fail) == {"task": "toxicity", "figure": None}
     assert captured.err == "a table\n"
     assert [(c["task"], c["seed"], c["short"], c["prompts"]) for c in calls] == [
         ("sentiment", 0, False, None),
@@ -672,7 +746,9 @@ def test_demo_passes_its_options_on(monkeypatch, capsys):
 
 
 def test_an_unknown_task_is_one_line_and_code_2(capsys):
-    assert "'sarcasm'" in run_line(capsys, ["demo", "--task", "sarcasm"])
+    line = run_line(capsys, ["demo", "--task", "sarcasm"])
+    assert "'--task': 'sarcasm' is not one of" in line
+    assert line.endswith("See quark demo --help.")
 
 
 # Exit codes
@@ -717,6 +793,22 @@ def test_ctrl_c_outside_of_a_run_promises_nothing(capsys, monkeypatch):
     assert run_line(capsys, ["generate", "any", "a"], code=130) == "quark: interrupted."
 
 
+def test_ctrl_c_says_what_is_kept_and_that_the_same_command_goes_on(capsys):
+    told = KeyboardInterrupt("stopped during round 2 explore; 96 of 384 samples are kept")
+    assert cli._interrupted(told, goes_on=True) == 130
+    assert cli._interrupted(KeyboardInterrupt(), goes_on=True) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "quark: interrupted. Stopped during round 2 explore; 96 of 384 samples are kept. The same command goes on.",
+        "quark: interrupted. The same command goes on.",
+    ]
+
+
+def test_ctrl_c_on_a_terminal_begins_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli._interrupted(KeyboardInterrupt(), goes_on=False) == 130
+    assert capsys.readouterr().err == "\nquark: interrupted.\n"
+
+
 def test_exit_codes_of_the_process_itself(files, small_pool):
     def code(*argv, **options):
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -729,6 +821,11 @@ def test_exit_codes_of_the_process_itself(files, small_pool):
     assert len(wrong.stderr.splitlines()) == 1
     # the other libraries are quiet from the start
     noisy = code("generate", str(files / "base"), "word " * 200)
+    assert (noisy.returncode, noisy.stdout) == (2, "")
+    assert len(noisy.stderr.splitlines()) == 1
+    broken = files / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n{"prompt": \n')
+    noisy = code("generate", str(files / "base"), "--file", str(broken))
     assert (noisy.returncode, noisy.stdout) == (2, "")
     assert len(noisy.stderr.splitlines()) == 1
     # an output that closes early, as `| head` does

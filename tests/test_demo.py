@@ -1,12 +1,187 @@
-"""The main job on the real packaged model, on a small budget: tokens gain meaning, and the reward rises."""
+"""The demo: end to end on a tiny model, its table at 80 columns, and the main job on the real packaged model."""
 
+import dataclasses
+import io
 import json
+import zlib
 
 import pytest
 from rich.console import Console
+from tiny import tiny_gpt2, tiny_tokenizer
 
 from quark_lm import demo
-from quark_lm.errors import ConfigError
+from quark_lm.errors import ConfigError, DataError
+from quark_lm.evaluation import evaluate
+from quark_lm.prompts import is_held_out
+
+# peft 0.21.2 asks transformers 5.24 for `is_gradient_checkpointing`, an old name, and tells that it knows of GPT-2's
+# transposed layers (https://github.com/huggingface/peft, 2026-11-24).
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    # so short texts have few values of the reward
+    pytest.mark.filterwarnings("ignore:.*distinct rewards:quark_lm.quantiles.FewQuantilesWarning"),
+]
+
+
+@pytest.fixture
+def tiny_task(tmp_path, monkeypatch):
+    """Options of `run_demo` for a run of seconds: the task of repetition, whose scorers need no model."""
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    tiny_tokenizer(pad=False).save_pretrained(tmp_path / "base")
+    prompts = [f"the {word} is {n}" for word in ("cat", "sun", "rain") for n in range(12)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "held_out.txt").write_text("\n".join(f"an ant in {n}" for n in range(6)))
+    short = {"max_completion_length": 8, "temperature": 1.0}
+    task = dataclasses.replace(demo.TASKS["repetition"], tags=tuple("abcde"), settings={}, sampling=short)
+    monkeypatch.setitem(demo.TASKS, "repetition", task)
+    return {
+        "task": "repetition",
+        "output_dir": tmp_path / "run",
+        "short": True,
+        "model": str(tmp_path / "base"),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "eval_prompts": str(tmp_path / "held_out.txt"),
+        "num_rounds": 1,
+        "steps_per_round": 2,
+        "prompts_first_round": 60,
+        "top_k": 4,  # a random model repeats nothing otherwise, and all rewards are equal
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "meaning_rows": 0,
+    }
+
+
+def run(options, width=80, **more):
+    out = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    return demo.run_demo(console=out, **{**options, **more}), out.file.getvalue()
+
+
+def test_a_demo_measures_shows_and_saves_with_a_card(tiny_task, tmp_path):
+    results, text = run(tiny_task)
+    assert text.startswith("loading the model and the scorers ...\n")
+    for name in ("base", "base, best token", "Quark", "Quark, dial at 2"):
+        assert any(line.startswith(f"{name}  ") for line in text.splitlines())  # on one line at 80 columns
+    assert "chosen by a checksum of their text and not by a score" in text
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (stored["seed"], stored["held_out_prompts"]) == (0, 6)
+    texts = (tmp_path / "held_out.txt").read_text().splitlines()
+    shown = sorted(texts, key=lambda prompt: zlib.crc32(prompt.encode()))[:3]
+    assert [sample["prompt"] for sample in results["samples"]] == shown
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| Quark, dial at 2 | 12 |" in card
+    assert "`independent` is " in card
+
+
+def test_the_bars_are_on_where_transformers_is_quiet(tiny_task, tmp_path):
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # as `quark` does
+    try:
+        options = {k: v for k, v in tiny_task.items() if k not in ("task", "output_dir")}
+        trainer, _, _ = demo.make_trainer("repetition", tmp_path / "run", **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    assert trainer.args.disable_tqdm is False
+
+
+def test_a_system_is_measured_again_only_when_something_differs(tiny_task, tmp_path, monkeypatch):
+    asked = []
+    complete = evaluate.complete_system
+
+    def counted(trainer, system, *args, **kwargs):
+        asked.append(system.name)
+        return complete(trainer, system, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "complete_system", counted)
+    first, _ = run(tiny_task)
+    assert len(asked) == 4
+    again, _ = run(tiny_task)
+    assert len(asked) == 4
+    assert again["systems"] == first["systems"]
+
+    # what was kept of a stopped call is used, the rest is measured
+    (tmp_path / "run" / "evaluation" / "2.json").unlink()
+    run(tiny_task)
+    assert asked[4:] == ["Quark"]
+
+    results, _ = run(tiny_task, num_generations=3)
+    assert len(asked) == 9
+    assert [row["completions"] for row in results["systems"]] == [18] * 4
+
+
+def test_other_scorers_steps_or_prompts_are_other_figures(tiny_task, tmp_path, monkeypatch):
+    options = {k: v for k, v in tiny_task.items() if k not in ("task", "output_dir")}
+    trainer, task, rewards = demo.make_trainer("repetition", tmp_path / "run", **options)
+    asked = []
+    monkeypatch.setattr(evaluate, "complete_system", lambda trainer, system, *_: asked.append(system.name) or result)
+    result = evaluate.Completions("x", trainer.eval_prompts.texts, 2, [[5, 6, 7]] * 12, ["a b c"] * 12, [1.0] * 12)
+    result.scores = {name: [0.5] * 12 for name in rewards}
+
+    def measured():
+        asked.clear()
+        demo.measure(trainer, task, rewards, tmp_path / "run", 2, 0)
+        return asked
+
+    base, quark = ["base", "base, best token"], ["Quark", "Quark, dial at 2"]
+    assert measured() == base + quark
+    assert measured() == []
+    trainer.state.global_step = 5
+    assert measured() == quark  # the base is the base at any step
+    rewards["reward"].scorer_version = "another"
+    assert measured() == base + quark
+    trainer.eval_prompts = trainer.eval_prompts.select([0, 1, 2, 3, 4, 4])
+    assert measured() == base + quark
+    (tmp_path / "run" / "evaluation" / "1.json").write_text("torn")
+    assert measured() == ["base, best token"]
+
+
+def test_few_prompts_for_the_full_budget_are_warned_of(tiny_task, tmp_path):
+    options = {k: v for k, v in tiny_task.items() if k not in ("task", "output_dir", "short")}
+    with pytest.warns(UserWarning, match=r"gives \d+ prompts to train on, few for the full budget"):
+        demo.make_trainer("repetition", tmp_path / "run", **options)
+
+
+def test_prompts_of_which_none_is_held_out_are_refused(tiny_task, tmp_path):
+    two = [prompt for prompt in map("the cat {}".format, range(20)) if not is_held_out(prompt)][:2]
+    (tmp_path / "two.txt").write_text("\n".join(two))
+    options = {k: v for k, v in tiny_task.items() if k not in ("task", "output_dir", "eval_prompts")}
+    with pytest.raises(DataError, match=r"too few prompts \(2\).* none is held out"):
+        demo.make_trainer("repetition", tmp_path / "run", **options | {"prompts": str(tmp_path / "two.txt")})
+
+
+def test_a_file_as_the_demos_folder_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file, and a run needs a folder"):
+        demo.run_demo("repetition", output_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize("task", demo.TASKS)
+def test_the_table_breaks_no_heading_and_no_name_at_80_columns(task):
+    def interval(mean):
+        return {"mean": mean, "low": mean and mean * 0.9, "high": mean and mean * 1.1}
+
+    names = [system.name for system in demo.systems(5)]
+    row = {"perplexity": interval(114.23), "dist_2": interval(0.95), "dist_3": interval(0.93)}
+    row |= {role: {"mean": interval(-0.4123), "wanted": interval(0.909)} for role in ("reward", "independent")}
+    results = {
+        "held_out_prompts": 192,
+        "completions_per_prompt": 2,
+        "systems": [{"system": name, **row, "diversity": interval(None)} for name in names],
+        "samples": [{"prompt": "The [b] hotel", "base": "was\n[red]cold", "quark": "was nice"}],
+    }
+    file = io.StringIO()
+    demo.show(Console(file=file, width=80, color_system=None, force_terminal=True), demo.TASKS[task], results, "run")
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["mean", *f"% {demo.TASKS[task].wanted} % {demo.TASKS[task].wanted}".split()]
+    assert lines[2].split() == ["reward", "reward", "indep.", "ppl", "dist-2/3", "div."]
+    for name in names:
+        [line] = [line for line in lines if line.startswith(f"{name}  ")]
+        assert line.split()[-6:] == ["-0.412", "90.9", "90.9", "114.2", "0.95/0.93", "none"]
+    assert "                    82-100" in file.getvalue()
+    assert "  base  was⏎[red]cold" in lines
 
 
 def test_an_unknown_task_is_refused_with_the_tasks_that_there_are(tmp_path):

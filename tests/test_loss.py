@@ -113,3 +113,56 @@ def test_token_log_probs_equal_log_softmax_whatever_the_chunk(tiny_model):
     expected = policy.head(states).log_softmax(1)[range(7), inputs["targets"]].detach()
     for elements in (1, 250, 1 << 20):
         torch.testing.assert_close(token_log_probs(states, inputs["targets"], policy.head, (), elements), expected)
+
+
+class Counting(torch.nn.Linear):
+    """A head that counts the rows that it is asked for."""
+
+    rows = 0
+
+    def forward(self, hidden):
+        self.rows += len(hidden)
+        return super().forward(hidden)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_row_of_logits_is_made_only_to_learn_their_width(wrapped):
+    head, hidden, targets = Counting(4, 9, bias=False), torch.randn(5, 4), torch.arange(5)
+
+    class Wrapper:
+        module = head
+
+        def __call__(self, states):
+            return head(states)
+
+    call = Wrapper() if wrapped else head
+    expected = torch.log_softmax(hidden @ head.weight.T, 1)[range(5), targets]
+    assert torch.allclose(token_log_probs(hidden, targets, call, (), 2 * 9), expected)
+    assert head.rows == 5
+    settings = LossSettings(chunk_elements=2 * 9)
+    made = quark_loss(hidden, None, targets, call, call, [head.weight], settings, 5.0)
+    assert head.rows == 10
+    assert torch.allclose(made.loss, -expected.mean())
+    bare = quark_loss(hidden, None, targets, lambda states: head(states), call, [head.weight], settings, 5.0)
+    assert torch.equal(bare.loss, made.loss)
+
+
+def test_half_precision_keeps_the_gradient_of_unlikely_words():
+    """Under fp16 autocast p / denominator is below what fp16 can hold: each word's pull away would round to 0."""
+    words, tokens = 20_000, 400
+    head = torch.nn.Linear(32, words, bias=False)
+    torch.nn.init.normal_(head.weight, std=0.05)
+    hidden, reference = torch.randn(tokens, 32), torch.randn(tokens, 32)
+    targets = torch.randint(0, words, (tokens,))
+
+    def gradients(autocast):
+        states = hidden.clone().requires_grad_()
+        head.weight.grad = None
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            # 2**14 stands for the tokens of a large step
+            made = quark_loss(states, reference, targets, head, head, [head.weight], LossSettings(), float(2**14))
+        (made.loss * 2**16).backward()  # as a GradScaler does
+        return states.grad, head.weight.grad
+
+    for half, whole in zip(gradients(True), gradients(False), strict=True):
+        assert (half - whole).norm() < 2e-3 * whole.norm()

@@ -1,13 +1,15 @@
 """Metrics against five-line naive versions, by properties, and against examples worked by hand."""
 
+import importlib.util
 import math
 import sys
 import types
 from collections import Counter
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quark_lm.errors import ConfigError, DataError
@@ -25,12 +27,17 @@ from quark_lm.evaluation.metrics import (
     paired_bootstrap,
     perplexities,
     rep_n,
+    repetition_shares,
     seq_rep_n,
     share_wanted,
     share_wanted_per_prompt,
     token_repetition,
+    token_repetition_counts,
     toxicity_probability,
 )
+
+needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
+METHODS = ["percentile", pytest.param("bca", marks=needs_scipy)]
 
 words = st.sampled_from(["a", "b", "c", " ", "  ", "\n"])
 texts = st.lists(words, max_size=20).map("".join) | st.lists(words, max_size=20).map(" ".join)
@@ -183,6 +190,14 @@ def test_token_repetition_equals_the_naive_version(pairs, context):
     assert same(token_repetition(predicted, gold, context=context), expected)
 
 
+def test_counts_of_each_text_add_up_to_the_shares_of_all():
+    predicted, gold = [[5, 5, 9], [1]], [[5, 6, 5, 7], [1, 1]]
+    counts = token_repetition_counts(predicted, gold, [[1.0, 2.0, 3.0], [4.0]])
+    assert counts.tolist() == [[3, 2, 1, 1, 6.0], [1, 1, 0, 1, 4.0]]
+    assert repetition_shares(counts) == token_repetition(predicted, gold, [[1.0, 2.0, 3.0], [4.0]])
+    assert math.isnan(repetition_shares(counts[:0])["ppl"])
+
+
 def test_token_repetition_refuses_what_is_not_aligned():
     with pytest.raises(DataError, match="Text 0 has 3 predictions for 2 gold tokens"):
         token_repetition([[1, 2, 3]], [[1, 2]])
@@ -296,7 +311,9 @@ def test_the_interval_of_a_coin():
     assert result == {"mean": 0.5, "low": pytest.approx(0.4, abs=0.02), "high": pytest.approx(0.6, abs=0.02)}
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.sampled_from(["percentile", "bca"]))
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None)  # the first one imports scipy
+@given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=30))
 def test_the_interval_holds_the_mean_between_the_extremes(values, method):
     result = bootstrap_interval(values, num_resamples=200, method=method)
     assert result["mean"] == pytest.approx(np.mean(values))
@@ -321,7 +338,7 @@ def test_a_corpus_perplexity_has_an_interval():
     assert result["low"] < result["mean"] < result["high"]
 
 
-@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("method", METHODS)
 def test_nine_and_a_half_in_ten_intervals_hold_the_truth(method):
     generator = np.random.default_rng(3)
     intervals = [bootstrap_interval(generator.exponential(size=60), seed, 400, method=method) for seed in range(400)]
@@ -329,6 +346,7 @@ def test_nine_and_a_half_in_ten_intervals_hold_the_truth(method):
     assert 0.90 < coverage < 0.97
 
 
+@needs_scipy
 def test_bca_leans_with_the_skew():
     values = np.random.default_rng(4).lognormal(sigma=1.5, size=50)
     percentile, bca = bootstrap_interval(values), bootstrap_interval(values, method="bca")
@@ -336,14 +354,44 @@ def test_bca_leans_with_the_skew():
     assert bca["high"] > percentile["high"]
 
 
+def naive_bca(values, resampled, level=0.95):
+    normal, n = NormalDist(), len(values)
+    bias = normal.inv_cdf(np.mean(resampled < values.mean()))
+    left_out = np.array([np.delete(values, i).mean() for i in range(n)])
+    spread = left_out.mean() - left_out
+    acceleration = (spread**3).sum() / (6 * (spread**2).sum() ** 1.5)
+    shifts = [bias + normal.inv_cdf(tail) for tail in ((1 - level) / 2, (1 + level) / 2)]
+    return np.quantile(resampled, [normal.cdf(bias + shift / (1 - acceleration * shift)) for shift in shifts])
+
+
+@needs_scipy
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
-def test_bca_equals_scipy_s(sigma):
-    stats = pytest.importorskip("scipy.stats")
+def test_bca_equals_the_naive_version(sigma):
     values = np.random.default_rng(5).lognormal(sigma=sigma, size=100)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(0))
-    ours = bootstrap_interval(values, num_resamples=20_000, method="bca")
-    assert ours["low"] == pytest.approx(theirs.confidence_interval.low, rel=0.01)
-    assert ours["high"] == pytest.approx(theirs.confidence_interval.high, rel=0.02)
+    generator = np.random.default_rng(0)
+    low, high = naive_bca(values, values[generator.integers(100, size=(20_000, 100))].mean(axis=1))
+    result = bootstrap_interval(values, num_resamples=20_000, method="bca")
+    assert result["mean"] == pytest.approx(values.mean())
+    assert result["low"] == pytest.approx(low, rel=0.01)
+    assert result["high"] == pytest.approx(high, rel=0.02)
+
+
+@needs_scipy
+def test_bca_of_a_statistic_equals_that_of_the_values():
+    values = np.random.default_rng(1).exponential(size=80)
+    called = bootstrap_interval(80, statistic=lambda rows: values[rows].mean(), method="bca")
+    assert called == pytest.approx(bootstrap_interval(values, method="bca"))
+
+
+@needs_scipy
+def test_bca_of_equal_values_is_that_point():
+    assert bootstrap_interval([0.5, 0.5, 0.5], method="bca") == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_bca_without_scipy_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ConfigError, match=r"quark-lm\[stats\]"):
+        bootstrap_interval([1.0, 2.0], method="bca")
 
 
 def test_the_seed_decides_the_interval():
@@ -358,7 +406,7 @@ def test_a_higher_level_gives_a_wider_interval():
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
 
 
-@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("method", METHODS)
 def test_prompts_without_a_value_are_left_out(method):
     with_gaps = bootstrap_interval([1.0, math.nan, 3.0, 2.0], method=method)
     assert with_gaps == bootstrap_interval([1.0, 3.0, 2.0], method=method)

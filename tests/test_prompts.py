@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tiny import tiny_tokenizer
 
-from quark_lm.errors import DataError, ModelError
+from quark_lm.errors import ConfigError, DataError, ModelError
 from quark_lm.prompts import EncodedPrompts, checked, encode, is_held_out, load_prompts, split_held_out
 
 TEXTS = ["the cat is", "an old hat", "rain"]
@@ -125,6 +125,62 @@ def test_a_data_set_without_a_prompt_is_refused(values):
         checked(Dataset.from_dict({"prompt": values}))
 
 
+# -- what is no data set
+
+
+def test_a_list_of_prompts_or_of_records_is_a_data_set():
+    assert list(checked(TEXTS)["prompt"]) == TEXTS
+    assert list(checked(tuple(TEXTS))["prompt"]) == TEXTS
+    assert list(checked([USER, USER[:1] + USER])["prompt"]) == [USER, USER[:1] + USER]
+    records = [{"prompt": "a", "topic": "x"}, {"prompt": "b"}, {"prompt": "c", "topic": "z", "level": 3}]
+    made = checked(records)
+    assert list(made["prompt"]) == ["a", "b", "c"]
+    assert list(made["topic"]) == ["x", None, "z"]
+    assert list(made["level"]) == [None, None, 3]
+
+
+def test_a_path_is_read(tmp_path):
+    path = written(tmp_path / "p.txt", "\n".join(TEXTS))
+    assert list(checked(str(path))["prompt"]) == list(checked(path)["prompt"]) == TEXTS
+    with pytest.raises(DataError, match=r"There is no file .*none\.jsonl"):
+        checked(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (prompts(*TEXTS).to_iterable_dataset(), r"is an IterableDataset, which cannot say .*it\.take"),
+        (
+            DatasetDict(train=prompts("a"), test=prompts("b")),
+            r"holds 2 data sets \(train, test\).*eval_dataset\['train'\]",
+        ),
+        ({"train": prompts("a")}, "holds 1 data sets"),
+        ({"prompt": TEXTS}, "is of type dict. Give a datasets.Dataset, a list of prompts or records"),
+        (7, "is of type int"),
+        ([], "holds no prompt"),
+        ([{"text": "a"}], r"no column `prompt` \(its columns: text\)"),
+        (["a", USER], "values of several types in one column"),
+        (["a", 7], "values of several types in one column"),
+    ],
+    ids=[
+        "iterable",
+        "splits",
+        "dict-of-sets",
+        "columns",
+        "number",
+        "empty",
+        "other-column",
+        "mixed",
+        "text-and-number",
+    ],
+)
+def test_what_is_no_data_set_is_named_in_one_line(data, words):
+    with pytest.raises(DataError, match=words) as caught:
+        checked(data, "eval_dataset")
+    assert str(caught.value).startswith("eval_dataset")
+    assert "\n" not in str(caught.value)
+
+
 # -- ids, and where the token goes
 
 
@@ -239,6 +295,13 @@ def test_a_prompt_longer_than_the_room_is_named():
     with pytest.raises(DataError, match=r"Prompt 1 has 7 tokens, but only 6 fit beside the reward token") as caught:
         encode(prompts("rain", "xyz xyz"), tokenizer, max_length=6)
     assert "\n" not in str(caught.value)
+
+
+def test_a_context_without_room_for_a_prompt_is_told_by_how_much():
+    with pytest.raises(
+        ConfigError, match=r"are 390 tokens too many for the model's context.*Lower max_completion_length"
+    ):
+        encode(prompts("rain"), tiny_tokenizer(), max_length=-389)
 
 
 def test_a_prompt_that_is_neither_text_nor_messages_is_refused():

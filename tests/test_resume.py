@@ -177,11 +177,48 @@ def test_a_reward_that_fails_costs_none_of_the_samples(tmp_path, monkeypatch):
             raise ConnectionError("rate limit")
         return graded(completions)
 
+    settings = {**SETTINGS, "reward_retries": 0}
     with pytest.raises(RewardError, match="rate limit"):
-        make(tmp_path, graded_until_it_fails, **SETTINGS).train()
-    make(tmp_path, graded_until_it_fails, **{**SETTINGS, "num_rounds": 2}).explore(0)
+        make(tmp_path, graded_until_it_fails, **settings).train()
+    make(tmp_path, graded_until_it_fails, **settings).explore(0)
     assert calls == [16, 16, 16, 16]  # the first chunk is not scored again
     assert Pool.open(tmp_path).num_rounds == 1
+
+
+def fails_for(share):
+    """A reward that fails for good on its first calls, `share` of the chunks."""
+
+    def sometimes(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) <= share * 3:
+            raise ConnectionError("the server is gone")
+        return graded(completions)
+
+    calls = []
+    return sometimes
+
+
+def test_a_few_rewards_may_fail_and_their_samples_have_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploring, "_REWARD_ROWS", 16)
+    settings = {**SETTINGS, "reward_retries": 0, "max_failed_rewards": 0.4}
+    trainer = make(tmp_path, fails_for(1 / 3), **settings)
+    with (
+        pytest.warns(UserWarning, match="the rewards failed for 16 of 48 completions of round 0"),
+        pytest.warns(UserWarning, match="dropped 16 of 48"),
+    ):
+        trainer.explore(0)
+    assert trainer.pool.to_table().column("reward").null_count == 16
+
+
+def test_more_that_fail_stop_the_run_and_are_asked_again_when_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploring, "_REWARD_ROWS", 16)
+    settings = {**SETTINGS, "reward_retries": 0, "max_failed_rewards": 0.4}
+    trainer = make(tmp_path, fails_for(2 / 3), **settings)
+    with pytest.raises(RewardError, match=r"sometimes failed \(ConnectionError.*left 32 of 48.*max_failed_rewards=0.4"):
+        trainer.explore(0)
+    again = make(tmp_path, fails_for(0), **settings)
+    again.explore(0)
+    assert again.pool.to_table().column("reward").null_count == 0
 
 
 def test_a_finished_run_that_is_started_again_changes_no_file(tmp_path, capsys):

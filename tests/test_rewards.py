@@ -30,7 +30,7 @@ from quark_lm.evaluation.metrics import diversity
 from quark_lm.rewards import NAMED_REWARDS, load_reward
 from quark_lm.rewards.classifier import classifier_reward, model_reward
 from quark_lm.rewards.repetition import repetition_reward
-from quark_lm.rewards.runner import RewardRunner
+from quark_lm.rewards.runner import Failure, RewardRunner
 
 PROMPTS = ["Once", "Once", "The end"]
 COMPLETIONS = [" upon a time", "", " is near"]
@@ -282,7 +282,28 @@ def test_log_extra_and_log_metric_are_collected():
 
     batch = score(logs)
     assert batch.extra == {"words": [3, 0, 2]}
-    assert batch.metrics == {"accuracy": 0.75}
+    assert batch.metrics == {"rewards/accuracy": 0.75}
+    assert batch.metric_sums == {"rewards/accuracy": (1.5, 2)}
+
+
+@pytest.mark.parametrize("name", ["round", "loss", "reward", "step", "rewards/x", "reward/length_reward"])
+def test_no_metric_of_a_reward_takes_the_name_of_one_of_ours(name):
+    def logs(completions, log_metric, **kwargs):
+        log_metric(name, 55)
+        return [0.0] * len(completions)
+
+    assert score(logs).metrics == {f"rewards/{name}": 55.0}
+
+
+def test_metrics_of_several_functions_under_one_name_are_one_mean():
+    def logs(value):
+        def reward(completions, log_metric, **kwargs):
+            log_metric("x", value)
+            return [0.0] * len(completions)
+
+        return reward
+
+    assert score([logs(1), logs(4)]).metric_sums == {"rewards/x": (5.0, 2)}
 
 
 def test_log_extra_may_come_in_pieces():
@@ -313,6 +334,100 @@ def test_bad_logs_are_named(log, message):
 
     with pytest.raises(RewardError, match=message):
         score(logs)
+
+
+# Calling again
+
+
+def fails(times, error=ConnectionError, asynchronous=False):
+    """A reward that raises the first `times` times, logging something each time."""
+    calls = []
+
+    def judge(completions, log_extra, log_metric, **kwargs):
+        calls.append(1)
+        log_extra("call", [len(calls)] * len(completions))
+        log_metric("calls", len(calls))
+        if len(calls) <= times:
+            raise error("no answer\nand more")
+        return [1.0] * len(completions)
+
+    async def judge_later(**kwargs):
+        await asyncio.sleep(0)
+        return judge(**kwargs)
+
+    return judge_later if asynchronous else judge, calls
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_function_that_raises_is_called_again_and_logs_once(asynchronous):
+    function, calls = fails(2, asynchronous=asynchronous)
+    with pytest.warns(UserWarning, match=r"raised ConnectionError: no answer\. It is called again in 0\.0 s"):
+        batch = score([function, length_reward], retries=2, pause=0.001)
+    assert len(calls) == 3
+    assert same(batch.total, [13, 1, 9])
+    assert batch.extra == {"call": [3, 3, 3]}
+    assert batch.metrics == {"rewards/calls": 3.0}
+    assert batch.failures == []
+
+
+@pytest.mark.filterwarnings("ignore:Reward function judge")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_that_raises_to_the_end_is_named_with_the_number_of_its_calls(asynchronous):
+    function, calls = fails(9, asynchronous=asynchronous)
+    with pytest.raises(RewardError, match=r"raised ConnectionError: no answer at each of 3 calls\. Mend it") as caught:
+        score([length_reward, function], retries=2, pause=0.001)
+    assert len(calls) == 3
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Reward function judge")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_that_may_fail_leaves_its_batch_without_a_reward_and_the_reason(asynchronous):
+    function, _ = fails(9, asynchronous=asynchronous)
+    function.__name__ = "judge"
+    batch = score([length_reward, function], retries=1, may_fail=True, pause=0.001)
+    assert batch.failures == [Failure("judge", "ConnectionError: no answer", 3)]
+    assert (batch.num_dropped, batch.num_failed) == (3, 3)  # a sum without its part would rank as a low one
+    assert same(batch.per_function["length_reward"], [12, 0, 8])
+    assert same(batch.per_function["judge"], [math.nan] * 3)
+    assert (batch.extra, batch.metrics) == ({}, {})
+    assert score(length_reward, may_fail=True).num_failed == 0
+
+
+def test_the_pauses_grow(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    function, _ = fails(9)
+    with pytest.warns(UserWarning, match="called again"), pytest.raises(RewardError):
+        score(function, retries=8)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RewardError, ModelError, SystemExit])
+def test_what_another_call_cannot_mend_is_raised_at_once(error, asynchronous):
+    function, calls = fails(9, error, asynchronous)
+    raised = RewardError if error is SystemExit and asynchronous else error
+    with pytest.raises(raised):
+        score(function, retries=5)
+    assert len(calls) == 1
+
+
+def test_only_what_a_reward_itself_may_meet_counts_as_a_failure():
+    assert score(fails(9, RewardError)[0], may_fail=True).failures == [Failure("judge", "no answer", 3)]
+    for error in (ConfigError, ModelError, DataError, KeyboardInterrupt):
+        with pytest.raises(error):
+            score(fails(9, error)[0], may_fail=True)
+    with pytest.raises(RewardError, match="returned 1 rewards for 3"):  # a mistake, which stays one
+        score(returns([1.0]), may_fail=True)
+
+
+def test_what_is_wrong_before_any_call_calls_nothing():
+    function, calls = fails(0)
+    with pytest.raises(RewardError, match="needs 'solution'"):
+        score([function, lambda completions, solution, **kwargs: [0.0] * 3])
+    assert calls == []
 
 
 # What goes wrong
@@ -418,7 +533,8 @@ def test_columns_of_another_length_are_refused():
 
 
 def test_trl_s_own_rewards_run_unchanged():
-    trl_rewards = pytest.importorskip("trl.rewards")
+    import trl.rewards as trl_rewards
+
     runner = RewardRunner(
         [
             trl_rewards.think_format_reward,
@@ -440,8 +556,8 @@ def test_trl_s_own_rewards_run_unchanged():
 
 
 def test_trl_s_accuracy_reward_runs_with_a_column_and_logs():
-    trl_rewards = pytest.importorskip("trl.rewards")
-    pytest.importorskip("math_verify")
+    import trl.rewards as trl_rewards
+
     batch = RewardRunner(trl_rewards.accuracy_reward).score(
         chat(["2+2?", "1+1?"], "user"), chat([r"\boxed{4}", r"\boxed{3}"], "assistant"), [[1], [2]],
         {"solution": [r"\boxed{4}", r"\boxed{2}"]},
@@ -669,7 +785,8 @@ def test_a_bare_model_reads_conversations_through_its_chat_template():
 
 def test_a_bare_model_equals_trl_s_own_lines():
     """The lines of `GRPOTrainer._calculate_rewards` (trl 1.16) on the same batch."""
-    data_utils = pytest.importorskip("trl.data_utils")
+    from trl import data_utils
+
     model, tokenizer = tiny_classifier(["LABEL_0"]).eval(), tiny_tokenizer(chat=True)
     prompts, completions = chat(["hi", "hello there"], "user"), chat(["yes", "no"], "assistant")
     ours = load_reward(model, processing_class=tokenizer)(prompts=prompts, completions=completions)
@@ -722,7 +839,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text():
 
 def test_every_named_reward_has_its_function():
     assert set(NAMED_REWARDS) == {
-        "sentiment", "sentiment-independent", "toxicity", "toxicity-independent", "repetition", "classifier",
+        "sentiment", "sentiment-independent", "toxicity", "toxicity-independent", "repetition", "classifier", "http",
     }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def settings(folder, **changes):
         "warmup_steps": 0,
         "learning_rate": 1e-3,
         "save_strategy": "no",
+        "reward_retries": 0,
         "logging_steps": 1,
         "report_to": "none",
         "use_cpu": True,

@@ -161,6 +161,10 @@ def check(
     rows = _read_rows(completions) if completions is not None else []
     dataset = load_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts
     runner = RewardRunner(reward)
+    if any(getattr(function, "cache_path", None) is not None for function in runner.functions):
+        raise ConfigError(
+            "The reward answers from a cache, which would make every repeated call agree. Leave cache out to check it."
+        )
     trial = None
     if model is not None:
         tell("loading the model")
@@ -364,9 +368,11 @@ class _Trial:
         return _Trial((copy.deepcopy(self.model), copy.deepcopy(self.tokenizer)), *self._arguments)
 
     def encode(self, dataset: Dataset) -> EncodedPrompts:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        from .steering import context_length
+
         # 32: room for a tag
-        return encode(dataset, self.tokenizer, self.position, int(context) - self.settings.max_completion_length - 32)
+        room = context_length(self.model) - self.settings.max_completion_length - 32
+        return encode(dataset, self.tokenizer, self.position, room)
 
     def sample(self, prompts: EncodedPrompts, tokens: RewardTokens | None = None) -> _Samples:
         """Completions, with the best reward token where tokens are given."""

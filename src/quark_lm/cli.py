@@ -22,8 +22,6 @@ from . import __version__
 from .errors import ConfigError, DataError, QuarkError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .check_reward import Report
 
 app = typer.Typer(
@@ -55,10 +53,8 @@ def main(argv: list[str] | None = None) -> int:
                 context.command.invoke(context)
         except typer.Exit as leaving:
             return leaving.exit_code
-        except (KeyboardInterrupt, typer.Abort):
-            resumes = argv[:1] in (["train"], ["demo"])
-            _say("interrupted." + (" The same command goes on from the last saved step." if resumes else ""))
-            return 130
+        except (KeyboardInterrupt, typer.Abort) as stopped:
+            return _interrupted(stopped, goes_on=argv[:1] in (["train"], ["demo"]))
         except BrokenPipeError:  # `quark pool runs/x | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -67,11 +63,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _interrupted(stopped: BaseException, goes_on: bool) -> int:
+    """Says what was kept, which the trainer tells in its KeyboardInterrupt, and whether the same command goes on."""
+    told = str(stopped).strip().rstrip(".")
+    if not told and sys.stderr.isatty():
+        print(file=sys.stderr)  # the terminal's ^C stands on a line that may have begun with a completion
+    parts = ["interrupted.", f"{told[:1].upper()}{told[1:]}." if told else "", "The same command goes on." * goes_on]
+    _say(" ".join(parts))
+    return 130
+
+
 def _failed(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, _ClickException):
-        _say(f"{error.format_message()} See quark --help.")  # type: ignore[attr-defined]
+        where = getattr(getattr(error, "ctx", None), "command_path", "quark")
+        reason = error.format_message()  # type: ignore[attr-defined]
+        _say(f"{reason.replace('Value error, ', '')} See {where} --help.")
         return 2
     if isinstance(error, QuarkError):
         _say(str(error))
@@ -89,7 +97,7 @@ def _quieten() -> None:
     """Other libraries' bars and notes off, unless the environment wants them; a warning is one line without a path."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "critical",  # it logs as an error what it raises and we then tell
         "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -160,9 +168,8 @@ def demo(
 
     A small one on this machine, with before and after on held-out prompts. Ctrl-C stops it, the same command goes on.
     """
-    from rich.console import Console
-
     from .demo import run_demo
+    from .progress import make_console
 
     results = run_demo(
         task=task.value,
@@ -171,7 +178,7 @@ def demo(
         output_dir=output_dir,
         seed=seed,
         short=budget is Budget.short,
-        console=Console(stderr=True) if as_json else Console(),
+        console=make_console(stderr=as_json),
     )
     if as_json:
         _print_json(results)
@@ -181,7 +188,7 @@ def demo(
 
 
 class _TrainCommand(TyperCommand):
-    """Its help also lists the fields, read from the dataclasses when it is asked for."""
+    """Its help also lists the fields, whose texts stand in a file: to import them takes seconds."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from .train_command import help_sections
@@ -213,7 +220,9 @@ def train(
 def generate(
     model: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a model's name.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)] = None,
-    file: Annotated[str | None, typer.Option(help="Prompts from a file (JSONL, Parquet, CSV, or a line each).")] = None,
+    file: Annotated[
+        str | None, typer.Option(help="Prompts from a file (JSONL, Parquet, CSV, or a line each); -: from stdin.")
+    ] = None,
     quantile: Annotated[str, typer.Option(help="Whose token: best, worst, none, or 0 (worst) to K-1.")] = "best",
     strength: Annotated[float, typer.Option(help="The dial: worst + strength x (token - worst). 1: plain.")] = 1.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")] = 1.0,
@@ -225,24 +234,30 @@ def generate(
 ) -> None:
     """Complete prompts, by the best reward token.
 
-    Without one where Quark did not train the model.
+    Without one where Quark did not train the model. Where no prompt is given, stdin is read, a prompt a line.
     """
     from .export import load
-    from .prompts import encode, load_prompts
+    from .prompts import encode
     from .steering import generate_batches
 
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
-    asked: list[Any] = [*(prompts or ()), *(load_prompts(file)["prompt"] if file else ())]
+    asked = _asked(prompts or [], file)
     if not asked:
-        raise DataError("There is no prompt, so there is nothing to complete. Give one in quotes, or --file.")
+        raise DataError("There is no prompt, so there is nothing to complete. Give one in quotes, --file, or stdin.")
     if any(isinstance(prompt, str) and not prompt.strip() for prompt in asked):
         raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
     language_model, tokenizer, tokens = load(model)
     wanted = _quantile(quantile, None if tokens is None else tokens.num_quantiles, strength, model)
     # generate itself would only fail deep inside the model
-    context = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    room = int(context) - max_completion_length - (tokens.longest if tokens is not None else 0)
+    context = int(getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    most = context - (tokens.longest if tokens is not None else 0)
+    room = most - max_completion_length
+    if room < 1:
+        raise ConfigError(
+            f"max_completion_length={max_completion_length} leaves no room for a prompt in the {context} tokens that"
+            f" the model reads. Set it well below {most}."
+        )
     from datasets import Dataset
 
     encode(Dataset.from_dict({"prompt": asked}), tokenizer, max_length=room)
@@ -279,6 +294,19 @@ def generate(
         print()
 
 
+def _asked(prompts: list[str], file: str | None) -> list[Any]:
+    """The prompts of the line, of the file, and of stdin: for `-`, or where there are no others and it is a pipe."""
+    from .prompts import load_prompts
+
+    asked: list[Any] = [prompt for prompt in prompts if prompt != "-"]
+    if file is not None and file != "-":
+        asked += load_prompts(file)["prompt"]
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    if file == "-" or "-" in prompts or (not prompts and file is None and is_piped):
+        asked += [line for line in sys.stdin.read().splitlines() if line.strip()]
+    return asked
+
+
 class _Stream:
     """Prints a completion as it grows."""
 
@@ -298,6 +326,10 @@ def _quantile(text: str, num_quantiles: int | None, strength: float, model: str)
             raise ConfigError(f"{what} needs reward tokens, but {model} was not trained by Quark. Leave it out.")
         return None
     if text == "none":
+        if strength != 1.0:
+            raise ConfigError(
+                f"strength={strength} turns a reward token up, and quantile=none asks for none. Leave one of them out."
+            )
         return None
     named = {"best": num_quantiles - 1, "worst": 0}
     number = named.get(text, int(text) if text.isdecimal() else -1)
@@ -421,7 +453,10 @@ def pool(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show a run's samples and rewards: rounds, sizes, the best and the worst."""
+    """Show a run's rewards and samples.
+
+    Every round's size and rewards; one round's best and worst samples.
+    """
     from .pool import Pool
 
     samples = Pool.open(run)
@@ -466,9 +501,10 @@ def _print_pool(
 ) -> None:
     from rich.table import Table
 
-    from .progress import printable
+    from .progress import make_console, printable
 
-    console = _console()
+    # in a pipe there is no width to keep to: a line a row, uncut
+    console = make_console(width=200)
     columns = ["round", "samples", "no reward", "mean", "10%", "median", "90%", "perplexity"]
     overview = Table(*columns, title="rewards by round", title_justify="left")
     for row in rounds:
@@ -493,19 +529,159 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    # in a pipe there is no width to keep to: a line a row, uncut
-    return console if console.is_terminal else Console(width=200)
-
-
 # Helpers
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    from .run_folder import finite
+
+    print(json.dumps(finite(data), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+
+
+# quark evaluate, quark dial
+
+_TaskOption = Annotated[
+    str | None,
+    typer.Option(help="toxicity, sentiment-positive, sentiment-negative, repetition: scorers, prompts, sampling."),
+]
+_PromptsOption = Annotated[str | None, typer.Option(help="A file, or a data set on the hub. Default: the task's.")]
+_NumPromptsOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
+_ScorerOption = Annotated[
+    list[str] | None, typer.Option(help="A named scorer, a model, or module:function; again for another.")
+]
+_EvaluatorOption = Annotated[str | None, typer.Option(help="The model under which perplexity is taken.")]
+_QuantileOption = Annotated[str | None, typer.Option(help="Whose token: best, worst, none, or 0 (worst) to K-1.")]
+_MostTokensOption = Annotated[int | None, typer.Option(min=1, help="Most tokens of a completion. Default: 20.")]
+_LeastTokensOption = Annotated[int | None, typer.Option(min=0, help="Tokens before a completion may end.")]
+_TemperatureOption = Annotated[float | None, typer.Option(min=0.0, help="Divides the logits; 0 is greedy. Default: 1.")]
+_TopPOption = Annotated[float | None, typer.Option(help="Draw from the smallest set with this probability.")]
+_SeedOption = Annotated[int | None, typer.Option(min=0, help="Of the draws and the intervals. Default: 0.")]
+_RevisionOption = Annotated[str | None, typer.Option(help="Of a model on the hub.")]
+_OutputOption = Annotated[str | None, typer.Option(help="The folder of the results.")]
+_BatchOption = Annotated[int | None, typer.Option(min=1, help="Forward rows of a batch. Default: what fits.")]
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="A run's folder, a model's folder, or a model's name.")] = None,
+    task: _TaskOption = None,
+    prompts: _PromptsOption = None,
+    num_prompts: _NumPromptsOption = None,
+    num_generations: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt. Default: 25.")] = None,
+    scorer: _ScorerOption = None,
+    evaluator: _EvaluatorOption = None,
+    from_file: Annotated[
+        str | None, typer.Option("--from", help="Score these again: completions.parquet, or a JSONL of others.")
+    ] = None,
+    quantile: _QuantileOption = None,
+    strength: Annotated[float | None, typer.Option(help="The dial: worst + strength x (token - worst).")] = None,
+    references: Annotated[str | None, typer.Option(help="The prompts' column with the human continuation.")] = None,
+    mauve: Annotated[bool, typer.Option("--mauve", help="Compare completions with the references.")] = False,
+    max_completion_length: _MostTokensOption = None,
+    min_completion_length: _LeastTokensOption = None,
+    temperature: _TemperatureOption = None,
+    top_p: _TopPOption = None,
+    seed: _SeedOption = None,
+    revision: _RevisionOption = None,
+    evaluator_revision: _RevisionOption = None,
+    output_dir: _OutputOption = None,
+    batch_rows: _BatchOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="results.json on stdout, the table on stderr.")] = False,
+) -> None:
+    """Measure a model as the paper's tables do.
+
+    Completions of held-out prompts, every scorer, perplexity, each figure with its 95% interval. The same command goes
+    on with what was stopped.
+    """
+    from . import evaluate_command
+    from .progress import make_console
+
+    request = evaluate_command.Request(
+        model=model,
+        task=task,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        num_generations=num_generations,
+        scorers=tuple(scorer or ()),
+        evaluator=evaluator,
+        from_file=from_file,
+        quantile=quantile,
+        strengths=None if strength is None else (strength,),
+        references=references,
+        mauve=mauve,
+        max_completion_length=max_completion_length,
+        min_completion_length=min_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        revision=revision,
+        evaluator_revision=evaluator_revision,
+        output_dir=output_dir,
+        batch_rows=batch_rows,
+    )
+    results = evaluate_command.evaluate(request, make_console(stderr=as_json))
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def dial(
+    model: Annotated[str, typer.Argument(help="A run's folder, or the folder of a model that Quark trained.")],
+    task: _TaskOption = None,
+    prompts: _PromptsOption = None,
+    num_prompts: _NumPromptsOption = None,
+    num_generations: Annotated[
+        int | None, typer.Option(min=1, help="Completions of each prompt at each strength. Default: 4.")
+    ] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="Again for another. Default: 0 to 3, six.")] = None,
+    from_token: Annotated[str | None, typer.Option(help="What the dial starts from: worst (default) or none.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beam search in place of drawing.")] = None,
+    scorer: _ScorerOption = None,
+    evaluator: _EvaluatorOption = None,
+    quantile: _QuantileOption = None,
+    max_completion_length: _MostTokensOption = None,
+    min_completion_length: _LeastTokensOption = None,
+    temperature: _TemperatureOption = None,
+    top_p: _TopPOption = None,
+    seed: _SeedOption = None,
+    revision: _RevisionOption = None,
+    evaluator_revision: _RevisionOption = None,
+    output_dir: _OutputOption = None,
+    batch_rows: _BatchOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="dial.json on stdout, the table on stderr.")] = False,
+) -> None:
+    """Measure and draw what the strength dial does.
+
+    Score, independent score, perplexity and diversity at each strength, with intervals.
+    """
+    from . import evaluate_command
+    from .progress import make_console
+
+    request = evaluate_command.Request(
+        model=model,
+        task=task,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        num_generations=num_generations,
+        strengths=tuple(strength) if strength else None,
+        from_token=from_token,
+        num_beams=num_beams,
+        scorers=tuple(scorer or ()),
+        evaluator=evaluator,
+        quantile=quantile,
+        max_completion_length=max_completion_length,
+        min_completion_length=min_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        revision=revision,
+        evaluator_revision=evaluator_revision,
+        output_dir=output_dir,
+        batch_rows=batch_rows,
+    )
+    results = evaluate_command.dial(request, make_console(stderr=as_json))
+    if as_json:
+        _print_json(results)
 
 
 if __name__ == "__main__":

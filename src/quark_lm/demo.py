@@ -7,24 +7,33 @@ and other labels than the reward, and the training never sees it.
 from __future__ import annotations
 
 import json
+import math
 import time
+import warnings
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import export
-from .errors import ConfigError
-from .progress import printable
-from .run_folder import begun_dtype, environment, write_json
+from .errors import ConfigError, DataError
+from .packaged import base_name
+from .progress import make_console, printable
+from .run_folder import begun_dtype, environment, finite, write_json
+from .train_command import check_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .evaluation.evaluate import Completions, System
+    from .generation import GenerationSettings
     from .trainer import QuarkTrainer
 
 
@@ -81,9 +90,7 @@ TASKS = {
             "max_completion_length": 16,
             "top_p": 0.95,
             # fewer samples of the base model are memorised in the first round
-            "num_generations": 4,
-            "prompts_first_round": 500,
-            "prompts_per_round": 192,
+            "prompts_first_round": 2000,
         },
         {"max_completion_length": 16, "top_p": 0.95},
     ),
@@ -118,14 +125,23 @@ TASKS = {
 # Half an hour on two busy cores; about ten minutes is the aim on idle ones, not measured yet.
 BUDGET = {
     "num_rounds": 4,
-    "steps_per_round": 45,
-    "num_generations": 2,
-    "prompts_first_round": 768,
-    "prompts_per_round": 384,
+    "steps_per_round": 30,  # 45 gave no more and memorised more
+    "num_generations": 1,  # other prompts teach more than other samples of the same ones
+    "prompts_first_round": 1536,
+    "prompts_per_round": 768,
 }
 # What `short` changes: three to seven minutes in all on two busy cores, for a first look and for CI.
-SHORT = {"num_rounds": 2, "steps_per_round": 20, "prompts_first_round": 192, "prompts_per_round": 96}
+SHORT = {"num_rounds": 2, "steps_per_round": 20, "prompts_first_round": 384, "prompts_per_round": 192}
+# Fewer prompts of a user's own than this are a few samples each, again and again, in the full budget's rounds.
+_FEW_PROMPTS = 200
+_SHOWN_SAMPLES = 3
 _LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def _short_budget(task: Task) -> dict[str, int]:
+    """SHORT, whose prompts are fewer where each has several completions."""
+    each = task.settings.get("num_generations", 1)
+    return {name: value // each if name.startswith("prompts_") else value for name, value in SHORT.items()}
 
 
 def demo_prompts(task: str) -> Dataset:
@@ -155,21 +171,23 @@ def run_demo(
         num_generations: completions of each held-out prompt in the table.
         options: of `make_trainer`.
     """
-    console = console or Console()
+    console = console or make_console()
     folder = Path(output_dir or f"runs/demo-{task}{'-short' if short else ''}{f'-seed{seed}' if seed else ''}")
+    check_folder(folder)
+    _print(console, "loading the model and the scorers ...")
     trainer, chosen, rewards = make_trainer(task, folder, seed=seed, short=short, **options)
-    console.print(
+    _print(
+        console,
         f"quark demo: {task}. A small language model learns to be {chosen.wanted}, from its own samples and a reward."
         f" Everything is kept in {folder}; Ctrl-C stops, the same command goes on.",
-        highlight=False,
     )
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
     results = {"task": task, "seed": seed, "short": short, "training_seconds_this_session": round(seconds, 1)}
-    results |= measure(trainer, chosen, rewards, folder, num_generations, seed)
+    results = finite(results | measure(trainer, chosen, rewards, folder, num_generations, seed))
     write_json(folder / "results.json", results)
-    export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, folder / "model")
+    export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, folder / "model", card=results)
     show(console, chosen, results, folder)
     return results
 
@@ -206,9 +224,22 @@ def make_trainer(
     if task not in TASKS:
         raise ConfigError(f"There is no demo task {task!r}. Choose one of {', '.join(TASKS)}.")
     chosen = TASKS[task]
-    train, held_out = split_held_out(load_prompts(prompts) if prompts else demo_prompts(task))
+    all_prompts = load_prompts(prompts) if prompts else demo_prompts(task)
+    train, held_out = split_held_out(all_prompts)
     if eval_prompts:
         held_out = load_prompts(eval_prompts)
+    if not len(train) or not len(held_out):
+        what = "held out" if len(train) else "trained on"
+        raise DataError(
+            f"{prompts} has too few prompts ({len(all_prompts)}): a fifth is held out by a rule on the text, and none"
+            f" is {what}. Give more prompts, or held-out ones of your own (--eval-prompts)."
+        )
+    if prompts and not short and len(train) < _FEW_PROMPTS:
+        warnings.warn(
+            f"{prompts} gives {len(train)} prompts to train on, few for the full budget: its figures will be of little"
+            " worth. Give some hundreds, or try --budget short.",
+            stacklevel=2,
+        )
     held_out = held_out.select(range(min(num_eval_prompts, len(held_out))))
     rewards = {"reward": load_reward(chosen.reward), "independent": load_reward(chosen.independent)}
     args = QuarkConfig(
@@ -217,10 +248,11 @@ def make_trainer(
             "seed": seed,
             "reward_token_texts": list(chosen.tags),
             "eval_every": 0,
+            "disable_tqdm": False,  # left alone, it turns our bars off where transformers is quiet, as in `quark`
             "use_cpu": not torch.cuda.is_available(),
             **BUDGET,
             **chosen.settings,
-            **(SHORT if short else {}),
+            **(_short_budget(chosen) if short else {}),
             **settings,
         },
     )
@@ -258,31 +290,19 @@ def measure(
 
     A system that was measured before a stop is not measured again.
     """
-    from .evaluation.evaluate import Completions, complete_system, figures
     from .generation import GenerationSettings
 
-    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
     settings = GenerationSettings(barred=trainer.reward_tokens.barred, **task.sampling)
-    assert trainer.eval_prompts is not None
-    rows, samples = [], []
-    for number, system in enumerate(systems(trainer.args.num_quantiles)):
-        path = folder / "evaluation" / f"{number}.json"
-        if path.is_file():
-            result = Completions(**json.loads(path.read_text(encoding="utf-8")))
-        else:
-            result = complete_system(trainer, system, trainer.eval_prompts, rewards, settings, num_generations, seed)
-            write_json(path, asdict(result))
-        rows.append(figures(result, {name: reward.wanted for name, reward in rewards.items()}, seed))
-        samples.append(result)
-    base, quark = samples[0], samples[2]
-    # the prompts on which the independent scorer liked the base least, so that there is something to see
-    order = sorted(
-        range(0, len(base.completions), num_generations),
-        key=lambda i: (base.scores["independent"][i] is None, base.scores["independent"][i] or 0.0),
+    rows, samples = measure_systems(
+        trainer, systems(trainer.args.num_quantiles), rewards, settings, num_generations, seed, folder / "evaluation"
     )
+    base, quark = samples[0], samples[2]
+    # by a rule that knows no score: what is shown is neither the best nor the worst of either
+    order = sorted(range(len(base.prompts)), key=lambda i: zlib.crc32(base.prompts[i].encode()))
     shown = [
-        {"prompt": base.prompts[i // num_generations], "base": base.completions[i], "quark": quark.completions[i]}
-        for i in order[: 3 * 8 : 8]
+        {"prompt": base.prompts[i], "base": base.completions[at], "quark": quark.completions[at]}
+        for i in order[:_SHOWN_SAMPLES]
+        for at in [i * num_generations]
     ]
     return {
         "systems": rows,
@@ -290,13 +310,105 @@ def measure(
         "held_out_prompts": len(base.prompts),
         "completions_per_prompt": num_generations,
         "sampling": task.sampling,
-        "scorers": {
-            role: {"name": reward.scorer_name, "version": reward.scorer_version} for role, reward in rewards.items()
-        },
-        "model": trainer.policy.name,
+        "scorers": {role: scorer_facts(role, reward) for role, reward in rewards.items()},
+        "model": base_name(trainer.model),
         "settings": {name: getattr(trainer.args, name) for name in _TOLD},
         "environment": environment(),
     }
+
+
+def measure_systems(
+    trainer: QuarkTrainer,
+    systems: list[System],
+    scorers: dict[str, Callable[..., Any]],
+    settings: GenerationSettings,
+    num_generations: int,
+    seed: int,
+    folder: Path | None = None,
+) -> tuple[list[dict[str, Any]], list[Completions]]:
+    """(each system's figures, its completions) on the trainer's held-out prompts.
+
+    Args:
+        scorers: by the name that the figures get; which values it wants tells only one that has `wanted`.
+        folder: keeps the completions, so that a stopped call does not measure a system again. None: keeps nothing.
+    """
+    from .evaluation.evaluate import complete_system, figures
+
+    assert trainer.eval_prompts is not None
+    called = {name: _called(function) for name, function in scorers.items()}
+    wanted = {name: getattr(function, "wanted", _nobody_knows) for name, function in scorers.items()}
+    rows, samples = [], []
+    for number, system in enumerate(systems):
+        key = {
+            "prompts": zlib.crc32(json.dumps(trainer.eval_prompts.texts).encode()),
+            "num_generations": num_generations,
+            "sampling": asdict(settings),
+            "seed": seed,
+            "scorers": {name: scorer_facts(name, function) for name, function in scorers.items()},
+            "system": asdict(system),
+            "step": trainer.state.global_step if system.trained else None,
+            "model": base_name(trainer.model),
+        }
+        path = folder / f"{number}.json" if folder is not None else None
+        result = _kept(path, key)
+        if result is None:
+            result = complete_system(trainer, system, trainer.eval_prompts, called, settings, num_generations, seed)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"key": key, "completions": asdict(result)})
+        row = figures(result, wanted, seed)
+        for name, function in scorers.items():
+            if not hasattr(function, "wanted"):
+                row[name].pop("wanted", None)
+        rows.append(row)
+        samples.append(result)
+    return rows, samples
+
+
+def scorer_facts(name: str, function: Any) -> dict[str, Any]:
+    """What results tell of a scorer: its name and version, which of a user's own function is that of its file."""
+    from .evaluation.passes import Scorer
+
+    return {"name": getattr(function, "scorer_name", name), "version": Scorer(name, name, function).version}
+
+
+def _kept(path: Path | None, key: dict[str, Any]) -> Completions | None:
+    """The completions of this file, when they are those of the key."""
+    from .evaluation.evaluate import Completions
+
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    except (OSError, ValueError):
+        return None
+    if not isinstance(kept, dict) or kept.get("key") != json.loads(json.dumps(key)):
+        return None
+    result = Completions(**kept["completions"])
+    result.nll = [math.nan if value is None else value for value in result.nll]  # JSON has no NaN
+    return result
+
+
+def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:
+    """The reward function called as in training: with checks, and a conversation's completions as messages."""
+    from .prompts import is_conversational
+    from .rewards.runner import RewardRunner
+
+    runner = RewardRunner([function])
+
+    def scorer(
+        prompts: list[Any], completions: list[str], completion_ids: list[list[int]], trainer_state: Any, **columns: Any
+    ) -> list[float | None]:
+        as_sent = [
+            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        [values] = runner.score(prompts, as_sent, completion_ids, columns, trainer_state).per_function.values()
+        return [None if math.isnan(value) else value for value in values.tolist()]
+
+    return scorer
+
+
+def _nobody_knows(values: Any) -> list[bool]:
+    return [False] * len(values)
 
 
 _TOLD = (
@@ -307,46 +419,62 @@ _TOLD = (
 
 
 def show(console: Console, task: Task, results: dict[str, Any], folder: Path) -> None:
+    """Prints the table, a few samples, and what to do next; 80 columns are enough."""
     table = Table(
         title=f"{results['held_out_prompts']} held-out prompts, {results['completions_per_prompt']} completions each;"
-        " 95% intervals over prompts",
-        caption="reward: the training's scorer. independent: another scorer, never trained on."
-        " perplexity: under the original model.",
+        " below: 95% intervals",
+        caption="reward: the training's scorer. indep.: another scorer, never trained on. ppl: perplexity under the"
+        " original model. dist: different n-grams of a prompt's completions. div.: diversity within a completion.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
     )
     table.add_column("")
-    for heading in (
-        "mean reward",
-        f"% {task.wanted}\nreward",
-        f"% {task.wanted}\nindependent",
-        "perplexity",
-        "dist-2 / 3",
-        "diversity",
-    ):
-        table.add_column(heading, justify="right")
+    share = f"% {task.wanted}"
+    for heading in ("mean\nreward", f"{share}\nreward", f"{share}\nindep.", "ppl", "dist-2/3", "div."):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results["systems"]:
         table.add_row(
             row["system"],
-            f"{row['reward']['mean']['mean']:.3f}",
+            _number(row["reward"]["mean"], "{:.3f}"),
             _percent(row["reward"]["wanted"]),
             _percent(row["independent"]["wanted"]),
-            f"{row['perplexity']['mean']:.1f}",
-            f"{row['dist_2']['mean']:.2f} / {row['dist_3']['mean']:.2f}",
-            f"{row['diversity']['mean']:.2f}",
+            _number(row["perplexity"], "{:.1f}"),
+            f"{_number(row['dist_2'], '{:.2f}')}/{_number(row['dist_3'], '{:.2f}')}",
+            _number(row["diversity"], "{:.2f}"),
         )
     console.print(table)
+    _print(console, "\nHeld-out prompts, chosen by a checksum of their text and not by a score:")
     for sample in results["samples"]:
-        console.print(f"[bold]{escape(printable(sample['prompt']))}[/bold]", highlight=False)
+        _print(console, f"[bold]{escape(printable(sample['prompt']))}[/bold]", markup=True)
         for name in ("base", "quark"):
-            console.print(f"  {name:<6}{escape(printable(sample[name]))}", highlight=False)
-    console.print(
-        f"\nThe run is in {folder}: results.json, metrics.jsonl, pool/, model/ (a plain checkpoint). Next:\n"
-        f'  quark generate {folder} "{results["samples"][0]["prompt"]}" --strength 2\n'
-        f"  quark pool {folder}\n"
-        "  quark train --help",
-        highlight=False,
-        markup=False,
-    )
+            _print(console, f"  {name:<6}{printable(sample[name])}")
+    _print(console, f"\nThe run is in {folder}: results.json, metrics.jsonl, pool/, model/ (a plain checkpoint). Next:")
+    commands = [
+        f'quark generate {folder} "{results["samples"][0]["prompt"]}" --strength 2',
+        f"quark pool {folder}",
+        "quark train --help",
+    ]
+    for command in commands:  # unwrapped: they are there to be copied
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _percent(interval: dict[str, float]) -> str:
-    return f"{100 * interval['mean']:.1f} ({100 * interval['low']:.0f}-{100 * interval['high']:.0f})"
+def _print(console: Console, text: str, markup: bool = False) -> None:
+    """Text that a terminal wraps at words, and that stays as it is in a pipe."""
+    console.print(text, highlight=False, markup=markup, soft_wrap=not console.is_terminal)
+
+
+def _number(interval: dict[str, Any], form: str) -> str:
+    value = interval["mean"]
+    return form.format(value) if value is not None and math.isfinite(value) else "none"
+
+
+def _percent(interval: dict[str, Any]) -> str:
+    """The share, and its interval on a second line."""
+    share = _number({"mean": interval["mean"]}, "{:.1%}").rstrip("%")
+    if share == "none":
+        return share
+    return f"{share}\n{100 * interval['low']:.0f}-{100 * interval['high']:.0f}"

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]  # it ships no py.typed
 from transformers import set_seed
 
-from .errors import DataError
+from .errors import DataError, RewardError
 from .generation import sample_seeds
 from .pool import PartialRound, read_initial
 from .prompts import EncodedPrompts, encode, is_conversational, is_held_out
@@ -91,7 +91,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     }
     columns = _gathered(part, accelerator.num_processes)
     parts = gather_object([(kept.seconds, failed)]) if accelerator.num_processes > 1 else [(kept.seconds, failed)]
-    figures = {name: float(np.mean(values)) for name, values in _joined([sums for _, sums in parts]).items()}
+    figures = _means([sums for _, sums in parts])
     sampled = sum(map(len, columns["completion_ids"]))
     return columns, {"tokens_per_second": sampled / max(1e-9, *(seconds for seconds, _ in parts)), **figures}
 
@@ -103,25 +103,31 @@ def _chunk(trainer: QuarkTrainer) -> int:
     return max(1, rows // each) * each
 
 
-def _joined(parts: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = defaultdict(list)
+def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """The mean of each figure, of which every part has [sum, count]."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for part in parts:
-        for name, values in part.items():
-            out[name] += values
-    return out
+        for name, (total, count) in part.items():
+            sums[name][0] += total
+            sums[name][1] += count
+    return {name: total / count for name, (total, count) in sums.items() if count and math.isfinite(total)}
 
 
 def _scored(
     trainer: QuarkTrainer, prompts: EncodedPrompts, completions: list[list[int]], round: int, kept: PartialRound
 ) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
-    """(the pool's columns of these samples, the values of each figure that the rewards told), scored chunk by chunk."""
+    """(the pool's columns of these samples, [sum, count] of each figure that the rewards told), chunk by chunk.
+
+    Raises: RewardError when the rewards failed for more than `max_failed_rewards` of the samples.
+    """
     args, size = trainer.args, _chunk(trainer)
     texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
-    stopped = False
+    stopped, failed = False, 0
+    scores = dict(kept.scores)
     with trainer.display.bar(f"round {round + 1} score", len(texts), "samples") as advance:
         for chunk, start in enumerate(range(0, len(texts), size)):
             rows = range(start, min(start + size, len(texts)))
-            if chunk not in kept.scores:
+            if chunk not in scores:
                 if trainer.interrupted:
                     stopped = True
                     break
@@ -133,11 +139,24 @@ def _scored(
                         [texts[i] for i in rows],
                         [completions[i] for i in rows],
                     )
-                kept.add_scores(chunk, _as_json(batch))
+                scores[chunk] = _as_json(batch)
+                if not batch.failures:  # else the next attempt, if there is one, asks again
+                    kept.add_scores(chunk, scores[chunk])
+                failed += batch.num_failed
+                if batch.failures and failed > args.max_failed_rewards * len(texts):
+                    first = batch.failures[0]
+                    raise RewardError(
+                        f"Reward function {first.function} failed ({first.reason}) and left {failed} of {len(texts)}"
+                        f" completions of round {round} without a reward, more than max_failed_rewards="
+                        f"{args.max_failed_rewards}. Mend it and give the same command again: what is scored is kept."
+                    )
             advance(len(rows))
-    trainer.stop_together(f"while round {round + 1} was scored; {len(kept.scores) * size} samples' rewards are kept")
+    num = sum(len(line["reward"]) for line in kept.scores.values())
+    trainer.stop_together(f"while round {round + 1} was scored; {num} of {len(texts)} rewards are kept")
     assert not stopped
-    lines = [kept.scores[chunk] for chunk in sorted(kept.scores)]
+    if failed:
+        warnings.warn(f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round}", stacklevel=2)
+    lines = [scores[chunk] for chunk in sorted(scores)]
     columns: dict[str, list[Any]] = {
         "prompt_ids": prompts.ids,
         "completion_ids": completions,
@@ -147,11 +166,12 @@ def _scored(
         "reward": [value for line in lines for value in line["reward"]],
         "held_out": [is_held_out(p, args.heldout_share, "pool") for p in prompts.texts],
     }
-    for kind in ("reward", "extra"):
-        for name in lines[0][f"{kind}s"] if lines else ():
+    for kind in ("reward", "extra"):  # a chunk whose reward failed has no extras
+        for name in dict.fromkeys(name for line in lines for name in line[f"{kind}s"]):
             values = [line[f"{kind}s"].get(name, [None] * len(line["reward"])) for line in lines]
             columns[f"{kind}/{name}"] = [value for part in values for value in part]
-    return columns, _joined([line["figures"] for line in lines])
+    parts = [line["figures"] for line in lines]
+    return columns, {n: [sum(p[n][i] for p in parts if n in p) for i in (0, 1)] for n in {n for p in parts for n in p}}
 
 
 def _as_json(batch: RewardBatch) -> dict[str, Any]:
@@ -162,7 +182,7 @@ def _as_json(batch: RewardBatch) -> dict[str, Any]:
         "reward": plain(batch.total),
         "rewards": {name: plain(values) for name, values in batch.per_function.items()},
         "extras": {name: [str(value) for value in values] for name, values in batch.extra.items()},
-        "figures": {name: [value] for name, value in batch.metrics.items() if math.isfinite(value)},
+        "figures": {name: list(sums) for name, sums in batch.metric_sums.items() if math.isfinite(sums[0])},
     }
 
 

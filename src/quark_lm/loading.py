@@ -117,8 +117,3 @@ def adapter_identity(model: Any) -> dict[str, Any] | None:
     }
     modules = wanted["target_modules"]
     return wanted | {"target_modules": modules if isinstance(modules, str) or modules is None else sorted(modules)}
-
-
-def context_length(model: Any) -> int:
-    """Most token ids that the model reads; a billion where it does not tell."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

@@ -151,13 +151,9 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden) if hidden.requires_grad else None
         # float32: adding many chunks' gradients in bfloat16 would lose the small ones
         parameter_grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        words = None
-        start = 0
-        while start < len(targets):
-            if words is None:
-                words = head(hidden[:1]).shape[1]
-            rows = slice(start, start + max(1, settings.chunk_elements // words))
-            start = rows.stop
+        step = _chunk_rows(head, hidden, settings.chunk_elements)
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
             reference_logits = None if reference_hidden is None else reference_head(reference_hidden[rows])
             with torch.enable_grad():
                 chunk = hidden[rows].detach().requires_grad_()
@@ -168,17 +164,19 @@ class _ChunkedLoss(torch.autograd.Function):
                     loss = loss + settings.beta * token_kl.sum()
                 if settings.entropy_coef:
                     loss = loss - settings.entropy_coef * token_entropy.sum()
-                loss = loss / denominator
             if hidden_grad is not None or parameters:
                 chunk_grad, *rest = torch.autograd.grad(loss, [chunk, *parameters])
+                # divided only now: under fp16 autocast a word's gradient of p / denominator would round to 0
                 if hidden_grad is not None:
-                    hidden_grad[rows] = chunk_grad
+                    hidden_grad[rows] = chunk_grad / denominator
                 for grad, new in zip(parameter_grads, rest, strict=True):
                     grad += new
-            total += loss.detach()
+            total += loss.detach() / denominator
             sums += torch.stack([term.detach().sum() for term in terms])
         ctx.hidden_grad = hidden_grad
-        ctx.parameter_grads = [g.to(p.dtype) for g, p in zip(parameter_grads, parameters, strict=True)]
+        ctx.parameter_grads = [
+            g.div_(denominator).to(p.dtype) for g, p in zip(parameter_grads, parameters, strict=True)
+        ]
         return total
 
     @staticmethod
@@ -189,14 +187,22 @@ class _ChunkedLoss(torch.autograd.Function):
         return (hidden_grad, *[None] * 7, *parameter_grads)
 
 
+def _chunk_rows(head: HeadFn, hidden: torch.Tensor, chunk_elements: int) -> int:
+    """The rows whose logits are a chunk."""
+    # a head around a linear layer knows its width; asking for a row of logits reads the whole layer
+    words = getattr(getattr(head, "module", head), "out_features", None)
+    if words is None:
+        words = head(hidden[:1]).shape[1] if len(hidden) else 1
+    return max(1, chunk_elements // words)
+
+
 def token_log_probs(
     hidden: torch.Tensor, targets: torch.Tensor, head: HeadFn, barred: Sequence[int] = (), chunk_elements: int = 1 << 24
 ) -> torch.Tensor:
     """log p of each target, float32 (N,), without gradients and without logits larger than a chunk."""
     out = torch.empty(len(targets), device=hidden.device)
     with torch.no_grad():
-        words = head(hidden[:1]).shape[1] if len(targets) else 1
-        step = max(1, chunk_elements // words)
+        step = _chunk_rows(head, hidden, chunk_elements)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             logits = without(head(hidden[rows]), barred)

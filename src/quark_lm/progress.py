@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +15,38 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from .trainer import QuarkTrainer
 
-# The figures of a round's line: key in the metrics, heading, format.
+# The figures of a round's line: key in the metrics, heading, format. Where the terminal is too narrow the last give way
+# first; metrics.jsonl has them all.
 _ROUND_LINE = [
     ("reward", "reward", "{:.3f}"),
-    ("share_above_best", "above last best", "{:.0%}"),
+    ("eval_reward", "eval", "{:.3f}"),
+    ("independent", "indep", "{}"),
+    ("reference_perplexity", "ppl", "{:.1f}"),
+    ("kl", "KL", "{:.2f}"),
+    ("token_auc", "AUC", "{:.2f}"),
+    ("share_above_best", "above best", "{:.0%}"),
     ("nll", "NLL", "{:.2f}"),
-    ("kl", "KL", "{:.3f}"),
-    ("reference_perplexity", "perplexity", "{:.1f}"),
-    ("token_auc", "token AUC", "{:.2f}"),
-    ("eval_reward", "held-out reward", "{:.3f}"),
-    ("tokens_per_second", "tokens/s", "{:.0f}"),
 ]
 
 
+def make_console(stderr: bool = False, width: int = 120) -> Console:
+    """A console as wide as the terminal; in a pipe or a log, where rich takes 80 columns, `width`."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=width)
+
+
 class Display:
-    """Bars and lines on a console; silent on ranks other than the first, and without bars when they are disabled."""
+    """Bars and lines on a console; silent on ranks other than the first, and without bars when they are disabled.
+
+    Attributes:
+        independent_names: the scorers that only measure, whose means on held-out prompts a round's line shows too.
+    """
 
     def __init__(self, enabled: bool = True, bars: bool = True, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or make_console(stderr=True)
         self.enabled = enabled
         self.bars = enabled and bars and self.console.is_terminal
+        self.independent_names: Sequence[str] = ()
 
     @contextmanager
     def bar(self, verb: str, total: int, unit: str = "") -> Iterator[Any]:
@@ -58,13 +70,24 @@ class Display:
     def line(self, text: str) -> None:
         """One line of plain text; markup and control characters in it are shown, not obeyed."""
         if self.enabled:
-            self.console.print(printable(text), markup=False, highlight=False)
+            # soft_wrap: a line stays one in a pipe and in a log
+            self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def round_line(self, round: int, num_rounds: int, metrics: dict[str, Any]) -> None:
-        parts = [
-            f"{name} {form.format(metrics[key])}" for key, name, form in _ROUND_LINE if metrics.get(key) is not None
-        ]
-        self.line(f"round {round + 1}/{num_rounds}  " + "  ".join(parts))
+        """A round's figures on one line, as many as the console is wide.
+
+        eval: the reward's mean on held-out prompts; indep: the same by each scorer that training does not see.
+        """
+        values = [metrics.get(f"eval_{name}") for name in self.independent_names]
+        independent = "/".join(f"{value:.3f}" for value in values if value is not None) or None
+        told = metrics | {"independent": independent}
+        parts = [f"{name} {form.format(told[key])}" for key, name, form in _ROUND_LINE if told.get(key) is not None]
+        line = f"round {round + 1}/{num_rounds}"
+        for part in parts:
+            if len(line) + 2 + len(part) > self.console.width:
+                break
+            line += f"  {part}"
+        self.line(line)
 
     def completions(self, title: str, rows: list[tuple[str, str, float | None]]) -> None:
         """A table of (prompt, completion, reward)."""
@@ -88,6 +111,7 @@ class LearnBar(TrainerCallback):
 
     def __init__(self, trainer: QuarkTrainer) -> None:
         self.trainer = trainer
+        trainer.display.independent_names = trainer.eval_rewards.names if trainer.eval_rewards else ()
         self._bar: Any = None
         self._advance: Any = None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import DataError, ModelError
+from .errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,11 +77,18 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
     return checked(dataset, str(source))
 
 
-def checked(dataset: Dataset, name: str = "train_dataset") -> Dataset:
+def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
     """The data set, its `prompt` column flattened and without empty or repeated prompts, whose number it warns of.
 
-    Raises: DataError when there is no `prompt` column, or no prompt.
+    Args:
+        dataset: a `datasets.Dataset`; or what becomes one: a list of prompts (text or messages) or of records with a
+            `prompt`, or what `load_prompts` reads.
+
+    Raises: DataError when it is something else, there is no `prompt` column, or no prompt.
     """
+    if isinstance(dataset, (str, Path)):
+        return load_prompts(dataset)
+    dataset = _as_dataset(dataset, name)
     if "prompt" not in (dataset.column_names or []):
         columns = ", ".join(dataset.column_names or []) or "none"
         raise DataError(
@@ -107,6 +114,38 @@ def checked(dataset: Dataset, name: str = "train_dataset") -> Dataset:
     if any(flat(p) is not p for p in dataset["prompt"][:1]):
         dataset = dataset.remove_columns("prompt").add_column("prompt", prompts)
     return dataset if len(keep) == len(prompts) else dataset.select(keep)
+
+
+def _as_dataset(data: Any, name: str) -> Dataset:
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, IterableDataset):
+        raise DataError(
+            f"{name} is an IterableDataset, which cannot say how many prompts it has, and a round draws from all of"
+            " them. Give Dataset.from_list(list(it)), or of a part: it.take(10_000)."
+        )
+    if isinstance(data, dict) and data and all(isinstance(part, Dataset) for part in data.values()):
+        raise DataError(
+            f"{name} holds {len(data)} data sets ({', '.join(map(str, data))}), and prompts are of one. Name it:"
+            f" {name}[{next(iter(data))!r}]."
+        )
+    if not isinstance(data, (list, tuple)):
+        raise DataError(
+            f"{name} is of type {type(data).__name__}. Give a datasets.Dataset, a list of prompts or records, or a"
+            " file's path."
+        )
+    records = [row if isinstance(row, dict) else {"prompt": row} for row in data]
+    columns = list(dict.fromkeys(column for row in records for column in row))
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in records] for column in columns or ["prompt"]})
+    except (ValueError, TypeError) as error:  # pyarrow's are these too
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name} has values of several types in one column ({reason}). Give every prompt as text, or every prompt"
+            " as messages."
+        ) from error
 
 
 def flat(prompt: Any) -> Any:
@@ -180,8 +219,14 @@ def encode(
             start of the last user message.
         max_length: the most token ids that a prompt may have.
 
-    Raises: DataError for a prompt that is longer; ModelError for a conversation without a chat template.
+    Raises: DataError for a prompt that is longer; ModelError for a conversation without a chat template; ConfigError
+        when not even one token fits.
     """
+    if max_length is not None and max_length < 1:
+        raise ConfigError(
+            f"max_completion_length and the longest reward token are {1 - max_length} tokens too many for the model's"
+            " context, which then has no room for a prompt. Lower max_completion_length."
+        )
     prompts = list(dataset["prompt"])
     texts, all_ids, token_at = [], [], []
     for number, prompt in enumerate(prompts):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .prompts import EncodedPrompts
     from .reward_tokens import RewardTokens
 
 
@@ -43,11 +44,14 @@ def generate(
     """The completions of the prompts, as text.
 
     Args:
-        prompts: texts or conversations.
+        prompts: a list of texts or conversations.
         reward_tokens: of the model; None: a model without Quark, sampled as it is.
-        quantile: whose token to put in; -1 the best, None none.
+        quantile: whose token to put in: 0 the worst to K-1 the best, or from the end: -1 the best; None none.
         strength: of the dial between that token and the worst, one for all or one a prompt.
         on_token: called with (index of the prompt, its completion so far) as tokens come.
+
+    Raises: ConfigError for a quantile that there is not, or a dial without two tokens; DataError for prompts that are
+        no list, or too long for the model's context.
 
     Example:
         ```python
@@ -91,26 +95,34 @@ def generate_batches(
     import torch
     from datasets import Dataset
 
-    from .errors import ConfigError
+    from .errors import ConfigError, DataError
     from .generation import GenerationSettings, check_strength, sample_seeds
     from .generation.hf import HFCompleter
     from .prompts import encode
 
+    if isinstance(prompts, str):
+        raise DataError("prompts is one text, whose letters would be completed one by one. Give a list: [prompt].")
     check_strength(strength)
     plain = reward_tokens is None or quantile is None
     if plain and not (isinstance(strength, (int, float)) and strength == 1.0):
         raise ConfigError(
             f"strength={strength} needs two reward tokens to dial between. Give reward_tokens and a quantile."
         )
-    position = reward_tokens.position if reward_tokens is not None else "first"
-    encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position)
+    generation = GenerationSettings(barred=reward_tokens.barred if reward_tokens is not None else (), **settings)
+    position, room = "first", context_length(model) - generation.max_completion_length
+    if reward_tokens is not None:
+        num = reward_tokens.num_quantiles
+        if quantile is not None and not -num <= quantile < num:
+            raise ConfigError(
+                f"quantile={quantile} is none of the {num} that the reward tokens name. Set 0 (worst) to {num - 1}"
+                f" (best), or -1 (best) to {-num}."
+            )
+        position, room = reward_tokens.position, room - reward_tokens.longest
+    encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position, room)
     ids, contrast = encoded.ids, None
     if reward_tokens is not None and quantile is not None:
         wanted = quantile % reward_tokens.num_quantiles
-        pairs = list(zip(encoded.ids, encoded.token_at, strict=True))
-        ids = [reward_tokens.insert(p, wanted, at) for p, at in pairs]
-        contrast = [reward_tokens.insert(p, reward_tokens.worst, at) for p, at in pairs]
-    barred = reward_tokens.barred if reward_tokens is not None else ()
+        ids, contrast = branches(reward_tokens, encoded, [wanted] * len(encoded), with_contrast=True)
     completer = HFCompleter(model, eos_ids(model, tokenizer), batch_rows)
     so_far: dict[int, list[int]] = {}
 
@@ -127,7 +139,7 @@ def generate_batches(
             for indices, completions in completer.complete(
                 ids,
                 sample_seeds(seed, num=len(ids)),
-                GenerationSettings(barred=barred, **settings),
+                generation,
                 contrast=contrast,
                 strength=strength,
                 on_token=show if on_token is not None else None,
@@ -135,6 +147,27 @@ def generate_batches(
                 yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
     finally:
         model.train(was_training)
+
+
+def branches(
+    reward_tokens: RewardTokens, prompts: EncodedPrompts, quantiles: Sequence[int | None], with_contrast: bool
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """What the dial is between: each prompt's ids with the token of its quantile, and with the worst token.
+
+    A prompt with the quantile None gets no token in either, so that no strength moves it. Without `with_contrast` the
+    second is None.
+    """
+    triples = list(zip(prompts.ids, quantiles, prompts.token_at, strict=True))
+    ids = [reward_tokens.insert(prompt, quantile, at) for prompt, quantile, at in triples]
+    if not with_contrast:
+        return ids, None
+    worst = reward_tokens.worst
+    return ids, [reward_tokens.insert(prompt, None if q is None else worst, at) for prompt, q, at in triples]
+
+
+def context_length(model: Any) -> int:
+    """The most tokens that the model reads; 2**30 where it does not tell, as one with ALiBi."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,18 +77,48 @@ def run(config: Path | None, flags: list[str]) -> None:
     if lora and not settings.use_peft:
         raise ConfigError(f"{lora[0]} is of an adapter, but use_peft is not set. Set it, or leave {lora[0]} out.")
     args = _quark_config(named)
+    check_folder(Path(args.output_dir or "."))
+    _check_trackers(args)
     # what the caller's model_init_kwargs say wins
     args.model_init_kwargs = {"dtype": _dtype(settings, args), **_as_dict(args.model_init_kwargs)}
+    if args.process_index == 0 and sys.stderr.isatty():
+        print(f"loading {settings.model_name_or_path} ...", file=sys.stderr, flush=True)
     trainer = _make_trainer(settings, args)
-    if trainer.is_world_process_zero():
-        _write_yaml(trainer.folder, {**own, **named})
+    trainer.add_callback(_writes_yaml({"output_dir": str(trainer.folder), **own, **named}))
     trainer.train()
-    if trainer.is_world_process_zero():
-        _finish(settings, trainer)
+    _finish(settings, trainer)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises: ConfigError when a run cannot be written there; makes nothing."""
+    # os.path: a Path's own raises where a folder above may not be entered
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not above.is_dir():
+        what = "is a file" if above == folder.absolute() else f"lies in {above}, which is a file"
+        raise ConfigError(f"output_dir={folder} {what}, and a run needs a folder of its own. Name another one.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={folder}: nothing may be written in {above}. Name another folder, or mend that.")
+
+
+_FIELDS_FILE = resources.files("quark_lm").joinpath("data/train_fields.json")
 
 
 def help_sections() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Every field with its help, from the dataclasses: (title, [(flag, help)]), ours before those of transformers."""
+    """Every field with its help: (title, [(flag, help)]), ours before those of transformers.
+
+    From a file, because the dataclasses take seconds to import; `python -m quark_lm.train_command` writes it anew.
+    """
+    return [(title, [(flag, text) for flag, text in members]) for title, members in _stored_fields()["sections"]]
+
+
+def _stored_fields() -> dict[str, Any]:
+    return dict(json.loads(_FIELDS_FILE.read_text(encoding="utf-8")))
+
+
+def described_fields() -> dict[str, Any]:
+    """What the file of `help_sections` holds, from the dataclasses and the transformers that are installed."""
+    import transformers
+
     from .config import QuarkConfig, quark_fields
 
     ours = set(quark_fields())
@@ -94,7 +128,10 @@ def help_sections() -> list[tuple[str, list[tuple[str, str]]]]:
         ("QuarkConfig", [f for f in members if f.name in ours]),
         ("transformers.TrainingArguments", [f for f in members if f.name not in ours]),
     ]
-    return [(title, [(f"--{f.name}", _field_help(f)) for f in those]) for title, those in sections]
+    return {
+        "transformers": transformers.__version__,
+        "sections": [[title, [[f"--{f.name}", _field_help(f)] for f in those]] for title, those in sections],
+    }
 
 
 def _field_help(member: Any) -> str:
@@ -179,7 +216,7 @@ class _Fields:
         for flag in flags:
             if flag.startswith("--") and flag != "--":
                 name = flag[2:].split("=", 1)[0].replace("-", "_")
-                self._check_name(name.removeprefix("no_") if name not in self.kinds else name, "the flags")
+                self._check_name(name.removeprefix("no_") if name not in self.kinds else name, "the flags", ["config"])
         none, rest = self._without_none(flags)
         values = self._parsed(rest)
         for name in ("reward_token_texts",):  # a shell has no simple way to write a newline
@@ -220,10 +257,10 @@ class _Fields:
             raise ConfigError(f"{rest[0]!r} belongs to no field. Write --field value; quote a value that has spaces.")
         return {name: value for name, value in vars(found).items() if value is not unset}
 
-    def _check_name(self, name: str, where: str) -> None:
+    def _check_name(self, name: str, where: str, others: Sequence[str] = ()) -> None:
         if name in self.kinds:
             return
-        near = difflib.get_close_matches(name, self.kinds, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*self.kinds, *others], n=1, cutoff=0.5)
         advice = f"Did you mean {near[0]}?" if near else "quark train --help lists the fields."
         raise ConfigError(f"{name} in {where} is no field of a run. {advice}")
 
@@ -255,6 +292,24 @@ def _quark_config(named: dict[str, Any]) -> QuarkConfig:
         raise
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
         raise ConfigError(f"The settings do not work: {_first_line(error)}") from error
+
+
+def _check_trackers(args: QuarkConfig) -> None:
+    """Raises: ConfigError for a tracker that is not installed, which Trainer would tell after the model was loaded."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in args.report_to or ():
+        try:
+            [callback] = get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise ConfigError(f"report_to={name}: {_first_line(error)} Choose one of them, or leave it out.") from error
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            raise ConfigError(
+                f"report_to={name} cannot be used ({_first_line(error)}). Install what it needs (pip install {name}),"
+                " or leave it out."
+            ) from error
 
 
 def _make_trainer(settings: TrainArguments, args: QuarkConfig) -> QuarkTrainer:
@@ -317,40 +372,103 @@ def _dtype(settings: TrainArguments, args: QuarkConfig) -> str:
     return begun_dtype(Path(args.output_dir or ".")) or str(fastest_dtype()).removeprefix("torch.")
 
 
-def _write_yaml(folder: Path, named: dict[str, Any]) -> None:
-    """train.yaml: what was named, so that `quark train --config FOLDER/train.yaml` is the same run."""
-    import yaml
+def _writes_yaml(named: dict[str, Any]) -> Any:
+    """A callback that writes train.yaml: what was named, so that `quark train --config FOLDER/train.yaml` is this run.
 
-    if not any((folder / name).exists() for name in ("run.json", "pool", "metrics.jsonl")):  # a folder of nobody's yet
-        folder.mkdir(parents=True, exist_ok=True)
-        named = {"output_dir": str(folder), **named}
-        (folder / "train.yaml").write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    When the run begins: not until then does the folder belong to it.
+    """
+    import yaml
+    from transformers import TrainerCallback
+
+    class WritesYaml(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            path = Path(args.output_dir) / "train.yaml"
+            if state.is_world_process_zero and not path.exists():
+                path.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    return WritesYaml()
 
 
 def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
-    """Writes model/ and results.json, and says where they are."""
+    """Writes model/ and results.json, and says where they are. Every rank calls it: the measuring is a joint work."""
     from . import export
     from .run_folder import write_json
 
     folder = trainer.folder
-    last = _last_round(folder / "metrics.jsonl")
-    results = {
+    facts = {
         "name": "train",
         "model": settings.model_name_or_path,
         "prompts": settings.prompts,
         "eval_prompts": settings.eval_prompts,
         "scorers": _scorers(trainer),
-        "seeds": {"seed": trainer.args.seed},
+        "seed": trainer.args.seed,
         "rounds": trainer.args.num_rounds,
         "steps": trainer.state.global_step,
-        "last_round": last,
         "quark_version": __version__,
     }
-    tokenizer: Any = trainer.processing_class
-    export.save(trainer.model, tokenizer, trainer.reward_tokens, folder / "model", card=results)
-    write_json(folder / "results.json", results)
+    if not _is_done(folder, facts):
+        results = {**facts, "last_round": _last_round(folder / "metrics.jsonl"), **_held_out(trainer)}
+        results["verdict"] = trainer.verdict()
+        if trainer.is_world_process_zero():
+            tokenizer: Any = trainer.processing_class
+            export.save(trainer.model, tokenizer, trainer.reward_tokens, folder / "model", card=results)
+            write_json(folder / "results.json", results)
+    if trainer.is_world_process_zero():
+        _tell(folder)
+
+
+def _is_done(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether the same command has finished here before."""
+    try:
+        there = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / "model" / "config.json").is_file() and all(there.get(k) == v for k, v in facts.items())
+
+
+def _held_out(trainer: QuarkTrainer) -> dict[str, Any]:
+    """Base and Quark on the held-out prompts by all scorers, in the form of a demo's results; nothing without prompts.
+
+    All sampled as while exploring.
+    """
+    from .demo import measure_systems
+    from .evaluation.evaluate import System
+
+    if trainer.eval_prompts is None:
+        return {}
+    systems = [System("base", trained=False), System("Quark", quantile=trainer.reward_tokens.best)]
+    scorers = {
+        name: function
+        for runner in (trainer.rewards, trainer.eval_rewards)
+        if runner is not None
+        for name, function in zip(runner.names, runner.functions, strict=True)
+    }
+    settings, args = trainer.generation_settings, trainer.args
+    rows, _ = measure_systems(trainer, systems, scorers, settings, args.num_eval_generations, args.seed)
+    return {
+        "systems": rows,
+        "held_out_prompts": len(trainer.eval_prompts),
+        "completions_per_prompt": args.num_eval_generations,
+        "sampling": {
+            name: getattr(settings, name) for name in ("max_completion_length", "temperature", "top_p", "top_k")
+        },
+    }
+
+
+def _tell(folder: Path) -> None:
+    """The figures on the held-out prompts, a line a system, and where everything is."""
+    from .export import flat
+
+    for row in json.loads((folder / "results.json").read_text(encoding="utf-8")).get("systems", ()):
+        figures = flat({name: value for name, value in row.items() if name not in ("system", "completions")})
+        wanted = [f"{name.removesuffix(' mean')} {text}" for name, text in figures.items() if _is_told(name)]
+        print(f"{row['system']:<6}" + ", ".join(wanted))
     print(f"The model is in {folder / 'model'}, the figures are in {folder / 'results.json'}.")
     print(f'Next: quark generate {folder} "Your prompt" --strength 2, or quark pool {folder}')
+
+
+def _is_told(name: str) -> bool:
+    return name.endswith(" mean") or name == "perplexity"
 
 
 def _last_round(path: Path) -> dict[str, Any]:
@@ -368,13 +486,14 @@ def _last_round(path: Path) -> dict[str, Any]:
 
 
 def _scorers(trainer: QuarkTrainer) -> dict[str, dict[str, Any]]:
-    """By the name of the reward function; a user's own function has no version."""
+    """By the name of the reward function."""
+    from .demo import scorer_facts
+
     runners = [("reward", trainer.rewards), ("evaluation", trainer.eval_rewards)]
     return {
         name: {
             "use": use,
-            "name": getattr(function, "scorer_name", name),
-            "version": getattr(function, "scorer_version", None),
+            **scorer_facts(name, function),
         }
         for use, runner in runners
         if runner is not None
@@ -385,3 +504,7 @@ def _scorers(trainer: QuarkTrainer) -> dict[str, dict[str, Any]]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    Path(str(_FIELDS_FILE)).write_text(json.dumps(described_fields(), indent=1) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ from .exploring import DROPOUT, EVAL, InitialPool, Watch, aside, explored_column
 from .generation import GenerationSettings, complete_all, sample_seeds
 from .generation.hf import HFCompleter
 from .loss import LossSettings, quark_loss
+from .packaged import base_name
 from .policy import Policy, causal_lm, check_head, completion_states, disable_dropout
 from .pool import PartialRound, Pool
 from .progress import Display, LearnBar
@@ -45,7 +46,7 @@ from .reward_tokens import RewardTokens
 from .rewards import load_reward
 from .rewards.runner import RewardRunner
 from .run_folder import MARKER, MetricsFile, claim, counting_settings, describe, last_checkpoint, locked, write_json
-from .steering import eos_ids
+from .steering import branches, context_length, eos_ids
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -138,7 +139,7 @@ class QuarkTrainer(Trainer):
                 f"num_quantiles={args.num_quantiles}, but the given reward_tokens name"
                 f" {self.reward_tokens.num_quantiles} quantiles. Make the two equal."
             )
-        context = loading.context_length(model)
+        context = context_length(model)
         room = context - args.max_completion_length - self.reward_tokens.longest
         if room < 1:
             raise ConfigError(
@@ -146,6 +147,7 @@ class QuarkTrainer(Trainer):
                 f" of {context} tokens. Lower it."
             )
         position = self.reward_tokens.position
+        self.room = room  # most token ids of a prompt
         self.prompts = encode(train_dataset, tokenizer, position, room)
         self.eval_prompts = encode(eval_dataset, tokenizer, position, room) if eval_dataset is not None else None
         eos = eos_ids(model, tokenizer)
@@ -191,9 +193,14 @@ class QuarkTrainer(Trainer):
             barred=self.reward_tokens.barred,
             chunk_elements=args.loss_chunk_elements,
         )
-        self.rewards = RewardRunner(_reward_functions(reward_funcs, reward_processing_classes), args.reward_weights)
-        measuring = _reward_functions(eval_reward_funcs, None)
-        self.eval_rewards = RewardRunner(measuring) if measuring else None
+        self.rewards = RewardRunner(
+            _reward_functions(reward_funcs, reward_processing_classes),
+            args.reward_weights,
+            retries=args.reward_retries,
+            may_fail=args.max_failed_rewards > 0,
+        )
+        scorers = _reward_functions(eval_reward_funcs, None)
+        self.eval_rewards = RewardRunner(scorers, retries=args.reward_retries) if scorers else None
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         self.completer = HFCompleter(self.model, eos, args.generation_batch_size, autocast)
         self.generation_settings = GenerationSettings(
@@ -271,12 +278,7 @@ class QuarkTrainer(Trainer):
         kept: where batches are kept as they come; what it holds already is not sampled again.
         Raises: KeyboardInterrupt when the run was told to stop.
         """
-        tokens = self.reward_tokens
-        triples = list(zip(prompts.ids, quantile, prompts.token_at, strict=True))
-        conditioned = [tokens.insert(ids, q, at) for ids, q, at in triples]
-        contrast = None
-        if strength != 1.0:
-            contrast = [tokens.insert(ids, None if q is None else tokens.worst, at) for ids, q, at in triples]
+        conditioned, contrast = branches(self.reward_tokens, prompts, quantile, with_contrast=strength != 1.0)
         done = dict(kept.completions) if kept is not None else {}
         with self.policy.evaluating(), self.display.bar(verb, len(prompts), "samples") as advance:
             advance(len(done))
@@ -461,7 +463,8 @@ class QuarkTrainer(Trainer):
         del ignore_keys
         prompts = self.eval_prompts
         if eval_dataset is not None:
-            prompts = encode(checked(eval_dataset, "eval_dataset"), self.processing_class, self.reward_tokens.position)
+            position = self.reward_tokens.position
+            prompts = encode(checked(eval_dataset, "eval_dataset"), self.processing_class, position, self.room)
         if prompts is None:
             raise DataError("evaluate() needs held-out prompts. Give QuarkTrainer an eval_dataset.")
         metrics = self._held_out(prompts, self.reward_tokens.best, metric_key_prefix)
@@ -611,7 +614,7 @@ class QuarkTrainer(Trainer):
 
         return {
             **counting_settings(self.args, self.get_total_train_batch_size(self.args)),
-            "model": self.policy.name,
+            "model": base_name(self.model),
             "dtype": str(causal_lm(self.model).dtype).removeprefix("torch."),
             "adapter": loading.adapter_identity(self.model),
             "reward_tokens": list(self.reward_tokens.texts),
@@ -797,6 +800,7 @@ class _Rounds(TrainerCallback):
                 "pool_sha256": trainer.open_pool().hashes(),
                 "measured": trainer._measured_at == state.global_step,
                 "stops_early": trainer._stops_early,
+                "base": base_name(trainer.model),
                 "sums": sums,
             }
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)

@@ -10,9 +10,9 @@ Source: Lu et al. 2022, with the published code of DExperts and SimCTG where the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -127,6 +127,19 @@ def token_repetition(
         ppl: exp of the mean NLL.
     Source: Welleck et al. 2020, who name rep and wrep for a context of l tokens; Lu et al. 2022 have 128.
     """
+    return repetition_shares(token_repetition_counts(predicted_ids, gold_ids, nll, context), with_ppl=nll is not None)
+
+
+def token_repetition_counts(
+    predicted_ids: Sequence[Sequence[int]],
+    gold_ids: Sequence[Sequence[int]],
+    nll: Sequence[Sequence[float]] | None = None,
+    context: int = 128,
+) -> NDArray[np.float64]:
+    """What `token_repetition` adds up, for each text, float64 (texts, 5), to draw texts from for an interval.
+
+    Columns: predicted positions, those repeated, those repeated and wrong, those right, the total NLL in nats.
+    """
     if context < 1:
         raise ConfigError(f"context={context} leaves no token to repeat. Set it to 1 or more; the paper has 128.")
     if len(predicted_ids) != len(gold_ids) or (nll is not None and len(nll) != len(gold_ids)):
@@ -134,7 +147,7 @@ def token_repetition(
             f"There are {len(predicted_ids)} texts with predictions and {len(gold_ids)} with gold tokens"
             f"{'' if nll is None else f' and {len(nll)} with NLL'}, so they cannot be paired. Give one of each a text."
         )
-    num_positions = num_repeated = num_wrong_repeated = num_right = 0
+    counts = np.zeros((len(gold_ids), 5))
     for number, (predicted, gold) in enumerate(zip(predicted_ids, gold_ids, strict=True)):
         predictions, text = np.asarray(predicted, dtype=np.int64), np.asarray(gold, dtype=np.int64)
         if len(predictions) > len(text) or (nll is not None and len(nll[number]) != len(predictions)):
@@ -149,15 +162,17 @@ def token_repetition(
         windows = np.lib.stride_tricks.sliding_window_view(before, context)[-len(predictions) :]
         repeated = (windows == predictions[:, None]).any(axis=1)
         right = predictions == text[len(text) - len(predictions) :]
-        num_positions += len(predictions)
-        num_repeated += int(repeated.sum())
-        num_wrong_repeated += int((repeated & ~right).sum())
-        num_right += int(right.sum())
-    shares = {"rep": num_repeated, "wrep": num_wrong_repeated, "acc": num_right}
-    result = {name: count / num_positions if num_positions else float("nan") for name, count in shares.items()}
-    if nll is not None:
-        result["ppl"] = _exp(sum(float(np.sum(one)) for one in nll), num_positions)
-    return result
+        total_nll = 0.0 if nll is None else float(np.sum(nll[number]))
+        counts[number] = len(predictions), repeated.sum(), (repeated & ~right).sum(), right.sum(), total_nll
+    return counts
+
+
+def repetition_shares(counts: NDArray[np.float64], with_ppl: bool = True) -> dict[str, float]:
+    """`token_repetition` of the texts that these rows of `token_repetition_counts` are of; NaN without a position."""
+    positions, repeated, wrong_repeated, right, nll = counts.sum(axis=0).tolist()
+    shares = {"rep": repeated, "wrep": wrong_repeated, "acc": right}
+    result = {name: count / positions if positions else float("nan") for name, count in shares.items()}
+    return {**result, "ppl": _exp(nll, positions)} if with_ppl else result
 
 
 # Scores over a prompt's completions
@@ -308,8 +323,9 @@ def bootstrap_interval(
         statistic: for what is no mean of prompt values (a corpus perplexity, a ratio): a function of prompt indices,
             int (P,).
             `bootstrap_interval(len(nll), statistic=lambda rows: np.exp(nll[rows].sum() / num_tokens[rows].sum()))`
-        method: "percentile", or "bca", bias-corrected and accelerated (Efron 1987), for skewed statistics.
-    With one prompt the interval is that point; with none all three are NaN.
+        method: "percentile", or "bca" for skewed statistics: bias-corrected and accelerated (Efron 1987), by scipy (the
+            extra `stats`).
+    With one prompt, or equal values, the interval is that point; with none all three are NaN.
     """
     if not 0 < level < 1:
         raise ConfigError(f"level={level} is no share of samples. Set it between 0 and 1; 0.95 is usual.")
@@ -333,6 +349,9 @@ def bootstrap_interval(
         return dict.fromkeys(("mean", "low", "high"), float("nan"))
 
     generator = np.random.default_rng(seed)
+    if method == "bca" and num_prompts > 1:
+        of_rows = statistic if statistic is not None else lambda rows: float(array[rows].mean())
+        return _bca(of_rows, num_prompts, generator, num_resamples, level)
     if statistic is None:
         estimate = float(array.mean())
         resampled = _resampled_means(array, num_resamples, generator)
@@ -341,16 +360,7 @@ def bootstrap_interval(
         rows = (generator.integers(num_prompts, size=num_prompts) for _ in range(num_resamples))
         resampled = np.array([statistic(row) for row in rows], dtype=np.float64)
 
-    tail = (1 - level) / 2
-    tails = np.array([tail, 1 - tail])
-    if method == "bca" and num_prompts > 1:
-        if statistic is None:
-            left_out = (array.sum() - array) / (num_prompts - 1)
-        else:
-            everyone = np.arange(num_prompts)
-            left_out = np.array([statistic(np.delete(everyone, row)) for row in everyone], dtype=np.float64)
-        tails = _bca_tails(tails, estimate, resampled, left_out)
-    low, high = np.quantile(resampled, tails)
+    low, high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2))
     return {"mean": estimate, "low": float(low), "high": float(high)}
 
 
@@ -443,17 +453,32 @@ def _resampled_means(
     )
 
 
-def _bca_tails(
-    tails: NDArray[np.float64], estimate: float, resampled: NDArray[np.float64], left_out: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Which quantiles of the resampled values bound the interval; ties with the estimate count half. Efron 1987."""
-    normal = NormalDist()
-    share_below = (float((resampled < estimate).sum()) + 0.5 * float((resampled == estimate).sum())) / len(resampled)
-    if not 0 < share_below < 1:
-        return tails
-    bias = normal.inv_cdf(share_below)
-    spread = left_out.mean() - left_out
-    scale = float((spread**2).sum()) ** 1.5
-    acceleration = float((spread**3).sum()) / (6 * scale) if scale else 0.0
-    shifted = [bias + normal.inv_cdf(float(tail)) for tail in tails]
-    return np.array([normal.cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted])
+def _bca(
+    statistic: Callable[[NDArray[np.int64]], float],
+    num_prompts: int,
+    generator: np.random.Generator,
+    num_resamples: int,
+    level: float,
+) -> dict[str, float]:
+    try:
+        from scipy.stats import DegenerateDataWarning, bootstrap
+    except ImportError as error:
+        raise ConfigError(
+            "method='bca' needs scipy, which is not installed. pip install 'quark-lm[stats]', or use 'percentile'."
+        ) from error
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # equal values; its interval is then NaN
+        result = bootstrap(
+            (np.arange(num_prompts),),
+            statistic,
+            vectorized=False,
+            n_resamples=num_resamples,
+            batch=max(1, 4_000_000 // num_prompts),  # 32 MB of indices
+            confidence_level=level,
+            method="BCa",
+            rng=generator,
+        )
+    low, high = result.confidence_interval
+    if np.isnan(low) or np.isnan(high):
+        low, high = np.quantile(result.bootstrap_distribution, ((1 - level) / 2, (1 + level) / 2))
+    return {"mean": float(statistic(np.arange(num_prompts))), "low": float(low), "high": float(high)}

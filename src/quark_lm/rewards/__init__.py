@@ -35,6 +35,7 @@ NAMED_REWARDS = {
     "toxicity-independent": ("toxicity", "toxicity_independent"),
     "repetition": ("repetition", "repetition_reward"),
     "classifier": ("classifier", "classifier_reward"),
+    "http": ("http", "http_reward"),
 }
 
 
@@ -44,10 +45,13 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
     >>> load_reward("sentiment", label="negative")          # one of NAMED_REWARDS
     >>> load_reward("sentiment(label=negative)")            # the same in one string, for YAML and the command line
     >>> load_reward("classifier(model=unitary/toxic-bert, label=toxic, activation=sigmoid, minimize=true)")
+    >>> load_reward("http://127.0.0.1:8000/score")          # a server that scores (see http.py)
+    >>> load_reward("http(url=http://127.0.0.1:8000/score, cache=scores.sqlite3, timeout=5)")
     >>> load_reward("my_rewards:short")                     # a function of a module, importable from here
     >>> load_reward("rewards/mine.py:short")                # a function of a file
     >>> load_reward("Skywork/Skywork-Reward-V2-Qwen3-0.6B") # a model id or folder: one logit of prompt and completion,
-    as in TRL >>> load_reward(my_function)                            # as it is
+    #                                                         as in TRL
+    >>> load_reward(my_function)                            # as it is
 
     Args:
         spec: as above, or a loaded sequence-classification model.
@@ -60,6 +64,8 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
     if not isinstance(spec, str | Path):
         return _from_object(spec, processing_class, options)
     name, options = _split_options(str(spec).strip(), options)
+    if name.startswith(("http://", "https://")):
+        name, options = "http", {"url": name, **options}
     if name in NAMED_REWARDS:
         file, function_name = NAMED_REWARDS[name]
         factory = getattr(importlib.import_module(f"{__name__}.{file}"), function_name)
@@ -69,7 +75,8 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
     module, colon, function = name.rpartition(":")
     if colon and not Path(name).exists():
         if module in NAMED_REWARDS:
-            raise ConfigError(f"reward {name!r}: options go in brackets. Write {module}(label={function}).")
+            option = "url" if module == "http" else "label"
+            raise ConfigError(f"reward {name!r}: options go in brackets. Write {module}({option}={function}).")
         if options:
             raise ConfigError(
                 f"reward {name!r} is a function and takes no options. Set {', '.join(options)} inside it."

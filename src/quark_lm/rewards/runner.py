@@ -3,7 +3,9 @@
 Source: trl 1.16, `GRPOTrainer._calculate_rewards`: keywords only; async functions run together in one event loop; None
 is no reward and is left out of the weighted sum; a completion for which all functions return None is dropped.
 Here: whatever cannot be ranked is an error of one line that names the function, where TRL would train on it or stop in
-a tensor.
+a tensor; and a function that raises, as one that asks a server may, is called again before that.
+
+What a function gives to `log_metric` is named `rewards/<metric>` from here on, so that it can be none of our own.
 """
 
 from __future__ import annotations
@@ -15,33 +17,56 @@ import inspect
 import math
 import numbers
 import threading
+import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import tenacity
 from numpy.typing import NDArray
 
 from quark_lm.errors import ConfigError, DataError, QuarkError, RewardError
 
 _OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _NOT_PASSED = ("prompt", "completion", "completion_ids")  # columns that TRL leaves out
+_LONGEST_PAUSE = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A function that raised to the end."""
+
+    function: str
+    reason: str
+    count: int  # of the completions that it left without a reward
 
 
 @dataclass
 class RewardBatch:
     """The rewards of N completions."""
 
-    total: NDArray[np.float64]  # (N,), the weighted sum; NaN where every function returned None: to be dropped
+    total: NDArray[np.float64]  # (N,), the weighted sum; NaN where there is none: to be dropped
     per_function: dict[str, NDArray[np.float64]]  # name: (N,), unweighted; NaN for None
     extra: dict[str, list[Any]] = field(default_factory=dict)  # what the functions gave to log_extra: column: N values
-    metrics: dict[str, float] = field(default_factory=dict)  # what they gave to log_metric: name: mean of its values
+    # what they gave to log_metric: "rewards/<metric>": (sum, count), which add up over batches and processes
+    metric_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The mean of each metric."""
+        return {name: total / count for name, (total, count) in self.metric_sums.items()}
 
     @property
     def num_dropped(self) -> int:
         return int(np.isnan(self.total).sum())
+
+    @property
+    def num_failed(self) -> int:
+        """Completions that have no reward because a function failed."""
+        return max((failure.count for failure in self.failures), default=0)
 
 
 class RewardRunner:
@@ -56,6 +81,11 @@ class RewardRunner:
         reward_funcs: functions, or anything that `load_reward` takes; one or a list.
         reward_weights: one a function; None: 1 each.
         names: one a function; None: `__name__`, as TRL has it, made unique by a number.
+        retries: how often a function that raises is called again with the same batch. Not so for an error of ours,
+            which says what to mend; KeyboardInterrupt passes at once.
+        may_fail: a function that raises to the end leaves its batch without a reward, the reason in
+            `RewardBatch.failures`; False: that is a RewardError.
+        pause: seconds before the first retry; each one after it waits twice as long, a minute at most.
     """
 
     def __init__(
@@ -63,6 +93,10 @@ class RewardRunner:
         reward_funcs: Any,
         reward_weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        *,
+        retries: int = 0,
+        may_fail: bool = False,
+        pause: float = 1.0,
     ) -> None:
         from quark_lm.rewards import load_reward
 
@@ -79,6 +113,15 @@ class RewardRunner:
                 f"reward_weights={list(self.weights)} are not all finite, and a sum needs that. Mend them."
             )
         self.names = _unique([_name(function) for function in self.functions] if names is None else list(names))
+        self.retries = retries
+        self.may_fail = may_fail
+        # without jitter, whose random numbers a reward function that draws some would miss
+        self._retrying: dict[str, Any] = {
+            "retry": tenacity.retry_if_exception(_may_pass),
+            "stop": tenacity.stop_after_attempt(retries + 1),
+            "wait": tenacity.wait_exponential(multiplier=pause, max=_LONGEST_PAUSE),
+            "reraise": True,
+        }
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def score(
@@ -96,57 +139,89 @@ class RewardRunner:
             completion_ids: the token ids of each completion.
             columns: the other columns of the data set, N values each; they reach the functions by their names.
             trainer_state: `Trainer.state`, which a function may read for the step.
-        Raises: RewardError when a function raises, or returns another number of rewards, NaN, an infinity or what is no
-            number. DataError for a column named like one of the arguments.
+        Returns: a batch in which no completion has a total where a function failed (`may_fail`): a sum without its part
+            cannot be ranked among the others.
+        Raises: RewardError when a function raises, unless it may fail, or returns another number of rewards, NaN, an
+            infinity or what is no number. DataError for a column named like one of the arguments.
         """
         num_completions = len(completions)
         columns = {name: values for name, values in columns.items() if name not in _NOT_PASSED}
         self._check_columns(num_completions, prompts, completion_ids, columns)
-        extra: dict[str, list[Any]] = {}
-        metric_values: dict[str, list[float]] = defaultdict(list)
-        pending: list[tuple[int, Awaitable[Any]]] = []
         rewards = np.full((num_completions, len(self.functions)), np.nan)
-        try:
-            if num_completions:
-                for number, (function, name) in enumerate(zip(self.functions, self.names, strict=True)):
-                    arguments = {
-                        "prompts": prompts,
-                        "completions": completions,
-                        "completion_ids": completion_ids,
-                        **columns,
-                        "trainer_state": trainer_state,
-                        "log_extra": functools.partial(_log_extra, name, extra),
-                        "log_metric": functools.partial(_log_metric, name, metric_values),
-                    }
-                    _check_keywords(function, name, arguments, columns)
-                    try:
-                        result = function(**arguments)
-                    except Exception as error:
-                        raise _failure(name, error) from error
-                    if inspect.isawaitable(result):
-                        pending.append((number, result))
-                    else:
-                        rewards[:, number] = _checked(result, name, num_completions)
-            for (number, _), result in zip(pending, self._gathered([one for _, one in pending]), strict=True):
-                if isinstance(result, BaseException):
-                    raise _failure(self.names[number], result) from result
-                rewards[:, number] = _checked(result, self.names[number], num_completions)
-        finally:
-            for _, one in pending:  # a function that failed leaves those after it unstarted
-                if inspect.iscoroutine(one) and inspect.getcoroutinestate(one) == inspect.CORO_CREATED:
-                    one.close()
-        for column, values in extra.items():
+        given = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            **columns,
+            "trainer_state": trainer_state,
+        }
+        calls = [_Call(function, name, given) for function, name in zip(self.functions, self.names, strict=True)]
+        for call in calls:
+            _check_keywords(call.function, call.name, call.arguments(), columns)
+        batch = RewardBatch(np.full(num_completions, np.nan), {})
+        for number, outcome in enumerate(self._outcomes(calls, num_completions) if num_completions else ()):
+            if isinstance(outcome, Failure):
+                batch.failures.append(outcome)
+                continue
+            rewards[:, number] = _checked(outcome, calls[number].name, num_completions)
+            for column, values in calls[number].extra.items():
+                batch.extra.setdefault(column, []).extend(values)
+            for metric, values in calls[number].metric_values.items():
+                total, count = batch.metric_sums.get(metric, (0.0, 0))
+                batch.metric_sums[metric] = (total + sum(values), count + len(values))
+        for column, values in batch.extra.items():
             if len(values) != num_completions:
                 raise RewardError(
                     f"log_extra({column!r}) got {len(values)} values for {num_completions} completions, so they fit no "
                     "table. Log one value for each completion."
                 )
-        return RewardBatch(
-            total=np.where(np.isnan(rewards).all(axis=1), np.nan, np.nansum(rewards * self.weights, axis=1)),
-            per_function={name: rewards[:, number] for number, name in enumerate(self.names)},
-            extra=extra,
-            metrics={name: sum(values) / len(values) for name, values in metric_values.items()},
-        )
+        batch.per_function = {name: rewards[:, number] for number, name in enumerate(self.names)}
+        # a sum that lacks the part of a function that failed would be ranked among sums that have it
+        if not batch.failures:
+            batch.total = np.where(np.isnan(rewards).all(axis=1), np.nan, np.nansum(rewards * self.weights, axis=1))
+        return batch
+
+    def _outcomes(self, calls: list[_Call], num_completions: int) -> list[Any]:
+        """What each call returns, or its Failure; the async ones run together, after the others.
+
+        Raises: RewardError when a call raises, unless that may be.
+        """
+
+        def failure(call: _Call, error: BaseException) -> Failure:
+            if isinstance(error, KeyboardInterrupt):
+                raise error
+            told = _failure(call.name, error, self.retries)
+            if self.may_fail and isinstance(error, Exception) and isinstance(told, RewardError):
+                return Failure(call.name, _reason(error), num_completions)
+            raise told from error
+
+        outcomes: list[Any] = []
+        pending: dict[int, Awaitable[Any]] = {}
+        try:
+            for number, call in enumerate(calls):
+                try:
+                    outcomes.append(tenacity.Retrying(**self._retrying, before_sleep=call.tell)(call))
+                except Exception as error:
+                    outcomes.append(failure(call, error))
+                if inspect.isawaitable(outcomes[number]):
+                    pending[number] = outcomes[number]
+            retried = [functools.partial(self._awaited, calls[number], one) for number, one in pending.items()]
+            for number, outcome in zip(pending, self._gathered(retried), strict=True):
+                outcomes[number] = failure(calls[number], outcome) if isinstance(outcome, BaseException) else outcome
+        finally:
+            for one in pending.values():  # a function that failed leaves those after it unstarted
+                if inspect.iscoroutine(one) and inspect.getcoroutinestate(one) == inspect.CORO_CREATED:
+                    one.close()
+        return outcomes
+
+    async def _awaited(self, call: _Call, first: Awaitable[Any]) -> Any:
+        """What an async call gives; where it raises, the function is called anew."""
+        unused = [first]
+
+        async def once() -> Any:
+            return await (unused.pop() if unused else call())
+
+        return await tenacity.AsyncRetrying(**self._retrying, before_sleep=call.tell)(once)
 
     def _check_columns(
         self,
@@ -167,12 +242,12 @@ class RewardRunner:
                 "Rename the column."
             )
 
-    def _gathered(self, awaitables: list[Awaitable[Any]]) -> list[Any]:
-        """What each gives or raises, all run together.
+    def _gathered(self, functions: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+        """What each async function gives or raises, all run together.
 
         The loop outlives the call, since a client's connections belong to one loop.
         """
-        if not awaitables:
+        if not functions:
             return []
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
@@ -180,14 +255,14 @@ class RewardRunner:
             thread.start()
             weakref.finalize(self, _stop_loop, self._loop, thread)
 
-        async def outcome(awaitable: Awaitable[Any]) -> Any:
+        async def outcome(function: Callable[[], Awaitable[Any]]) -> Any:
             try:
-                return await awaitable
+                return await function()
             except BaseException as error:  # also SystemExit, which would end the loop and leave us waiting
                 return error
 
         async def gather() -> list[Any]:
-            return await asyncio.gather(*map(outcome, awaitables))
+            return await asyncio.gather(*map(outcome, functions))
 
         future = asyncio.run_coroutine_threadsafe(gather(), self._loop)
         try:
@@ -198,6 +273,40 @@ class RewardRunner:
 
 
 # What a function is called with
+
+
+class _Call:
+    """One function and the batch that it gets. Each call logs anew, so that a retry counts nothing twice."""
+
+    def __init__(self, function: Callable[..., Any], name: str, given: dict[str, Any]) -> None:
+        self.function, self.name, self._given = function, name, given
+        self.extra: dict[str, list[Any]] = {}
+        self.metric_values: dict[str, list[float]] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        self.extra, self.metric_values = {}, {}
+        return {
+            **self._given,
+            "log_extra": functools.partial(_log_extra, self.name, self.extra),
+            "log_metric": functools.partial(_log_metric, self.name, self.metric_values),
+        }
+
+    def __call__(self) -> Any:
+        return self.function(**self.arguments())
+
+    def tell(self, state: tenacity.RetryCallState) -> None:
+        """Says that there will be another call: the pause would look like a hang."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        seconds = state.next_action.sleep if state.next_action is not None else 0.0
+        reason = _reason(error) if error is not None else "nothing"
+        warnings.warn(
+            f"Reward function {self.name} raised {reason}. It is called again in {seconds:.1f} s.", stacklevel=2
+        )
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another call may go well. An error of ours says what to mend, and has tried again where that helps."""
+    return isinstance(error, Exception) and not isinstance(error, QuarkError)
 
 
 def _check_keywords(
@@ -243,7 +352,7 @@ def _log_metric(name: str, metric_values: dict[str, list[float]], metric: str, v
         raise RewardError(
             f"Reward function {name} gave log_metric({metric!r}) {repr(value)[:60]}, which is no number. Log a float."
         ) from None
-    metric_values[metric].append(number)
+    metric_values.setdefault(f"rewards/{metric}", []).append(number)
 
 
 # What a function returns
@@ -288,14 +397,19 @@ def _checked(result: Any, name: str, num_completions: int) -> NDArray[np.float64
     return rewards
 
 
-def _failure(name: str, error: BaseException) -> QuarkError:
+def _failure(name: str, error: BaseException, retries: int) -> QuarkError:
     if isinstance(error, QuarkError):
         return error  # ours, and says what to do
-    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    each = f" at each of {retries + 1} calls" if retries else ""
     return RewardError(
-        f"Reward function {name} raised {type(error).__name__}: {reason}. "
-        "Mend it, or return None where there is no reward."
+        f"Reward function {name} raised {_reason(error)}{each}. Mend it, or return None where there is no reward."
     )
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    text = (str(error).strip().splitlines() or ["no message"])[0]
+    return text if isinstance(error, QuarkError) else f"{type(error).__name__}: {text}"
 
 
 # Names

@@ -1,0 +1,95 @@
+"""Beam search under the dial, by transformers' own: a completer like generation/hf.py's, for measuring only.
+
+Nothing is cached for the branch that the dial starts from, since a beam search moves rows about: it is read anew at
+each token. Right, and slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..errors import ConfigError
+from ..generation import GenerationSettings
+from ..policy import Head, run_body
+from ..steering import dial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BeamCompleter:
+    """The best of `num_beams` beams for each prompt; the arguments of `complete` are those of `HFCompleter`."""
+
+    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], num_beams: int) -> None:
+        self.model = model
+        self.eos_ids = list(eos_ids)
+        self.num_beams = num_beams
+        self.batch_rows: int | None = num_beams  # a prompt is a batch
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: GenerationSettings,
+        *,
+        contrast: Sequence[Sequence[int]] | None = None,
+        strength: float | Sequence[float] = 1.0,
+        skip: Collection[int] = (),
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Yields ([index], [completion]); seeds are unread: a beam search draws nothing."""
+        if settings.temperature != 0 or settings.top_p != 1 or settings.top_k != 0:
+            raise ConfigError(
+                "A beam search takes the likeliest beam and draws nothing. Set temperature 0, or one beam."
+            )
+        model: Any = self.model  # a checker takes its `generate` for a tensor
+        strengths = np.broadcast_to(np.asarray(strength, dtype=np.float32), (len(prompts),))
+        for i, prompt in enumerate(prompts):
+            if i in skip:
+                continue
+            processors = LogitsProcessorList()
+            if contrast is not None and strengths[i] != 1:
+                processors.append(DialLogitsProcessor(self.model, len(prompt), contrast[i], float(strengths[i])))
+            ids = torch.tensor([list(prompt)], device=self.model.device)
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                num_beams=self.num_beams,
+                do_sample=False,
+                max_new_tokens=settings.max_completion_length,
+                min_new_tokens=settings.min_completion_length or None,
+                suppress_tokens=sorted(settings.barred) or None,
+                eos_token_id=self.eos_ids,
+                pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
+                logits_processor=processors,
+            )
+            completion = output[0, len(prompt) :].tolist()
+            end = next((n for n, token in enumerate(completion, 1) if token in self.eos_ids), len(completion))
+            yield [i], [completion[:end]]
+
+
+class DialLogitsProcessor(LogitsProcessor):
+    """The dial inside `generate`: log-probabilities of contrast + strength x (prompt - contrast).
+
+    Args:
+        prompt_length: of the prompt that `generate` was given.
+        contrast: the ids that stand in its place in the other branch.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt_length: int, contrast: Sequence[int], strength: float) -> None:
+        self.model, self.head = model, Head(model)
+        self.prompt_length, self.contrast, self.strength = prompt_length, list(contrast), strength
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        start = torch.tensor(self.contrast, device=input_ids.device).expand(len(input_ids), -1)
+        ids = torch.cat([start, input_ids[:, self.prompt_length :]], 1)
+        states = run_body(self.model, ids, use_cache=False).last_hidden_state[:, -1].contiguous()
+        other = self.head(states).float().log_softmax(-1)
+        mixed = dial(scores.float(), other, torch.tensor(self.strength, device=scores.device))
+        # what is suppressed stays so, also where strength 0 would make it a NaN; beams compare log-probabilities
+        out: Any = mixed.masked_fill(scores.isneginf(), -torch.inf).log_softmax(-1)
+        return out
