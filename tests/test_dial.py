@@ -144,6 +144,7 @@ def test_beams_draw_nothing(asked):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("dial")
     model, tokenizer = tiny_gpt2(), tiny_tokenizer()
     model.save_pretrained(folder / "base")
@@ -198,7 +199,7 @@ def test_the_curve_is_written_drawn_and_printed(files, tmp_path):
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"num_beams": 2}])
 def test_greedy_and_beams_have_one_completion_a_prompt(files, tmp_path, options):
-    named = {"num_generations": None, "evaluator": None, "scorers": (), "strengths": (0.0, 1.0, 2.0)}
+    named = {"num_generations": None, "evaluator": None, "scorers": (), "strengths": (0.0, 1.0, 2.0, 1.0)}
     results, table = run(ask(files, tmp_path, **named, **options))
     assert results["made"]["num_generations"] == 1
     assert results["made"]["temperature"] == 0.0

@@ -536,6 +536,7 @@ def test_the_command_prints_a_table_or_json(files, tmp_path, capsys):
 
 
 def test_the_dial_is_a_command(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     from quark_lm.cli import main
 
     line = ["dial", str(files / "text"), "--prompts", str(files / "prompts.jsonl"), "--max-completion-length", "4"]

@@ -354,3 +354,11 @@ def test_what_is_held_out_for_one_purpose_says_nothing_about_another():
 def test_a_worked_example_of_the_rule_stays():
     """A changed rule would train on what earlier runs held out."""
     assert [n for n in range(40) if is_held_out(f"prompt number {n}", 0.2)] == [1, 14, 15, 23, 33, 35]
+
+
+@pytest.mark.parametrize("others", [{}, {"challenging": [True, False]}])
+def test_records_with_a_text_are_flattened_with_and_without_other_columns(others):
+    records = [{"text": "the cat", "toxicity": 0.1}, {"text": "rain", "toxicity": 0.9}]
+    data = checked(Dataset.from_dict({"prompt": records, **others}))
+    assert data["prompt"][:] == ["the cat", "rain"]
+    assert set(data.column_names) == {"prompt", *others}

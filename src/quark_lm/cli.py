@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         except typer.Exit as leaving:
             return leaving.exit_code
         except (KeyboardInterrupt, typer.Abort) as stopped:
-            return _interrupted(stopped, goes_on=argv[:1] in (["train"], ["demo"]))
+            return _interrupted(stopped, goes_on=argv[:1] in (["train"], ["demo"], ["evaluate"], ["dial"]))
         except BrokenPipeError:  # `quark pool runs/x | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

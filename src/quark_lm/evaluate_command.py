@@ -117,7 +117,8 @@ def dial(request: Request, console: Console | None = None) -> dict[str, Any]:
     from .evaluation.tables import show_dial
 
     need_matplotlib()
-    run = EvaluationRun.make("dial", dataclasses.replace(request, strengths=request.strengths or DIAL_STRENGTHS))
+    strengths = tuple(dict.fromkeys(request.strengths or DIAL_STRENGTHS))
+    run = EvaluationRun.make("dial", dataclasses.replace(request, strengths=strengths))
     results = run.dial()
     draw(results, run.folder / "dial.png")
     show_dial(console or Console(), results, run.folder)

@@ -112,7 +112,11 @@ def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
             f"{name}: left out {empty} empty and {repeated} repeated of {len(prompts)} prompts.", stacklevel=2
         )
     if any(flat(p) is not p for p in dataset["prompt"][:1]):
-        dataset = dataset.remove_columns("prompt").add_column("prompt", prompts)
+        from datasets import Dataset
+
+        others = [name for name in dataset.column_names if name != "prompt"]
+        flattened = Dataset.from_dict({"prompt": prompts})  # without other columns no rows would be left to add it to
+        dataset = dataset.remove_columns("prompt").add_column("prompt", prompts) if others else flattened
     return dataset if len(keep) == len(prompts) else dataset.select(keep)
 
 
