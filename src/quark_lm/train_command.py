@@ -383,7 +383,7 @@ def _writes_yaml(named: dict[str, Any]) -> Any:
     class WritesYaml(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             path = Path(args.output_dir) / "train.yaml"
-            if state.is_world_process_zero and not path.exists():
+            if state.is_world_process_zero:  # anew each time: a run may be made longer
                 path.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     return WritesYaml()

@@ -221,6 +221,7 @@ class QuarkTrainer(Trainer):
         self.round_metrics: dict[str, Any] = {}
         self.interrupted = False
         self._trains = self._is_finished = self._stops_early = False
+        self._failed: RewardError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
         self._owed: int | None = None  # the round whose last measurements a stopped run did not make
         # since the last line of metrics: NLL, KL, entropy, tokens, loss, steps
@@ -467,7 +468,7 @@ class QuarkTrainer(Trainer):
             prompts = encode(checked(eval_dataset, "eval_dataset"), self.processing_class, position, self.room)
         if prompts is None:
             raise DataError("evaluate() needs held-out prompts. Give QuarkTrainer an eval_dataset.")
-        metrics = self._held_out(prompts, self.reward_tokens.best, metric_key_prefix)
+        metrics = self._held_out(prompts, self.reward_tokens.best, metric_key_prefix, eval_dataset is not None)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -477,7 +478,10 @@ class QuarkTrainer(Trainer):
         with self.as_reference():
             return self._held_out(self.eval_prompts, None, "base")
 
-    def _held_out(self, prompts: EncodedPrompts, quantile: int | None, prefix: str) -> dict[str, float]:
+    def _held_out(
+        self, prompts: EncodedPrompts, quantile: int | None, prefix: str, others: bool = False
+    ) -> dict[str, float]:
+        """others: the prompts are not the run's own, so that its verdict leaves the figures out."""
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
         each = self.args.num_eval_generations
         repeated = prompts.select(np.repeat(np.arange(len(prompts)), each).tolist())
@@ -486,6 +490,12 @@ class QuarkTrainer(Trainer):
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         with aside(self.args.seed, EVAL, self.accelerator.process_index):
             batch = score(self, self.rewards, repeated, texts, ids)
+            if batch.failures:  # a mean over what did not fail would be compared with one over all
+                first = batch.failures[0]
+                raise RewardError(
+                    f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
+                    " nothing to compare. Mend it and give the same command again: what was learned is saved."
+                )
             columns = {"reward": batch.total, **batch.per_function}
             if self.eval_rewards:
                 columns |= score(self, self.eval_rewards, repeated, texts, ids).per_function
@@ -493,8 +503,9 @@ class QuarkTrainer(Trainer):
         nll = [v for v in self.reference_nll(repeated.ids, ids) if v is not None]
         figures["reference_perplexity"] = float(np.exp(nll).mean())
         metrics = {f"{prefix}_{name}": value for name, value in figures.items()}
-        self.round_metrics |= metrics
-        self.log(dict(metrics))
+        if not others:
+            self.round_metrics |= metrics
+        self.log({**metrics, "other_prompts": True} if others else dict(metrics))
         return metrics
 
     def verdict(self) -> dict[str, Any]:
@@ -547,10 +558,12 @@ class QuarkTrainer(Trainer):
                 resume_from_checkpoint = str(newest) if newest else False
             self._check_pool(resume_from_checkpoint)
             self._go_on_from(resume_from_checkpoint)
-            self._trains = True
+            self._trains, self._failed = True, None
             try:
                 with self._signals():
                     output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                    if self._failed is not None:
+                        raise self._failed
                     step = self.state.global_step
                     self.stop_together(f"after step {step} of {self.state.max_steps}, which is saved")
             finally:
@@ -572,7 +585,7 @@ class QuarkTrainer(Trainer):
         self._sums.zero_()
         if self.is_world_process_zero():
             self._sums += torch.tensor(marker.get("sums", [0.0] * 6), dtype=torch.float64)
-            self.metrics_file.keep_until(step, None if inside else round, measured)
+            self.metrics_file.keep_until(step, None if inside else round, measured or bool(inside))
         else:  # the steps are counted by each rank, the rest was summed up over all
             self._sums[5] = marker.get("sums", [0.0] * 6)[5]
         if checkpoint:
@@ -583,6 +596,12 @@ class QuarkTrainer(Trainer):
             if marker.get("stops_early") or (self._owed is not None and self._nothing_new(last)):
                 max_steps = step  # the run ended here: what is left is to measure it
                 args.num_train_epochs = round
+            elif step > max_steps:
+                raise ConfigError(
+                    f"num_rounds={args.num_rounds} ends at step {max_steps}, but the run in {self.folder} is at step"
+                    f" {step} already."
+                    f" Give num_rounds={-(-step // args.steps_per_round)} or more, or another output_dir."
+                )
             self._is_finished = step >= max_steps and self._owed is None
             what = "is finished" if self._is_finished else f"goes on in round {min(round + 1, args.num_rounds)}"
             self.display.line(
@@ -606,9 +625,9 @@ class QuarkTrainer(Trainer):
     def _identity(self) -> dict[str, Any]:
         """What makes this run this run."""
 
-        def told(texts: Sequence[str]) -> str:
+        def told(texts: Sequence[str], columns: dict[str, list[Any]] | None = None) -> str:
             crc = 0
-            for text in texts:
+            for text in (*texts, repr(sorted((columns or {}).items()))):  # the rewards may read the other columns
                 crc = zlib.crc32(text.encode(), crc)
             return f"{len(texts)}, crc {crc}"
 
@@ -619,8 +638,8 @@ class QuarkTrainer(Trainer):
             "adapter": loading.adapter_identity(self.model),
             "reward_tokens": list(self.reward_tokens.texts),
             "reward_funcs": self.rewards.names,
-            "prompts": told(self.prompts.texts),
-            "eval_prompts": told(self.eval_prompts.texts) if self.eval_prompts is not None else None,
+            "prompts": told(self.prompts.texts, self.prompts.columns),
+            "eval_prompts": told(self.eval_prompts.texts, self.eval_prompts.columns) if self.eval_prompts else None,
             "eval_reward_funcs": self.eval_rewards.names if self.eval_rewards else [],
             "initial_pool": told(self.initial_pool.told) if self.initial_pool is not None else None,
         }
@@ -738,6 +757,10 @@ class _Rounds(TrainerCallback):
             for line in trainer.metrics_file.lines():
                 trainer.round_metrics |= line if line.get("round") == round else {}
             trainer.finish_round(round)
+            marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER
+            if trainer.is_world_process_zero() and marker.is_file():
+                told = json.loads(marker.read_text(encoding="utf-8"))
+                write_json(marker, {**told, "measured": True, "stops_early": trainer._stops_early})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -770,7 +793,11 @@ class _Rounds(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if trainer.interrupted or state.global_step % args.steps_per_round:
+        # asked of all ranks: a signal may have come to one of them since the last step
+        if trainer.all_stop():
+            control.should_save = control.should_training_stop = True
+            return
+        if state.global_step % args.steps_per_round:
             return
         try:
             trainer.finish_round(state.global_step // args.steps_per_round - 1)
@@ -780,8 +807,12 @@ class _Rounds(TrainerCallback):
             if not stopped.args:
                 raise  # a second Ctrl-C, which stops at once
             # the round's learning is saved; what was not measured will be when the run goes on
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
+        except RewardError as failed:
+            if trainer.accelerator.num_processes > 1:
+                raise  # the other ranks do not know of it
+            trainer._failed = failed  # raised when the round's learning is saved
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer

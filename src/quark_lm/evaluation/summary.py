@@ -104,7 +104,7 @@ def _scores(
 ) -> dict[str, Any]:
     everything = np.array([value for values in per_prompt for value in values])
     has_value = everything[~np.isnan(everything)]
-    between = bool(((has_value >= 0) & (has_value <= 1)).all())
+    between = bool(len(has_value) and ((has_value >= 0) & (has_value <= 1)).all())
     if threshold is None and between:
         threshold = 0.5
     figures: dict[str, Any] = {

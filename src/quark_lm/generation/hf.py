@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..errors import ModelError
 from ..policy import Head, causal_lm, run_body, word_embeddings
 from ..steering import dial
 from . import GenerationSettings, check_strength, uniforms
@@ -272,8 +273,16 @@ def _draw_sorted(logits: torch.Tensor, draws: torch.Tensor, settings: Generation
 
 
 def _invert(cdf: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The first index whose cdf exceeds draw x total, so that a word of weight 0 is never drawn."""
+    """The first index whose cdf exceeds draw x total, so that a word of weight 0 is never drawn.
+
+    Raises: ModelError for a row without a finite total, whose index would be that of no word.
+    """
     total = cdf[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise ModelError(
+            "The model gives logits that are not finite, so nothing can be drawn from them. Use float32 or bfloat16"
+            " weights, or an earlier checkpoint."
+        )
     # rounding could give the total itself, above which there is no index
     point = torch.minimum(draws[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, point, right=True).squeeze(1)

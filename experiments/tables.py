@@ -1,0 +1,113 @@
+"""Markdown tables of docs/results/*.json, so that no figure is typed by hand.
+
+python experiments/tables.py demo-sentiment           # all seeds, and the mean over them
+python experiments/tables.py owt-gen1 --part openwebtext
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+FIGURES = [
+    ("reward", lambda row: row["reward"]["wanted"], 100, "{:.1f}"),
+    ("independent", lambda row: row["independent"]["wanted"], 100, "{:.1f}"),
+    ("perplexity", lambda row: row["perplexity"], 1, "{:.1f}"),
+    ("dist-2", lambda row: row["dist_2"], 1, "{:.2f}"),
+    ("diversity", lambda row: row["diversity"], 1, "{:.2f}"),
+]
+
+
+# Which results stand for which task: (task, name, part, what its prompts are).
+TASKS = [
+    ("sentiment-positive", "demo-sentiment", "demo", "held-out demo prompts"),
+    (
+        "sentiment-positive",
+        "demo-sentiment",
+        "openwebtext",
+        "OpenWebText, 96 negative and 96 neutral; trained on demo prompts",
+    ),
+    (
+        "sentiment-positive",
+        "owt-gen1",
+        "openwebtext",
+        "OpenWebText, 96 negative and 96 neutral; trained on others of them",
+    ),
+    ("toxicity", "try-toxicity", "demo", "held-out demo prompts"),
+    ("toxicity", "demo-toxicity", "demo", "held-out demo prompts"),
+    ("repetition", "rep-try1", "demo", "held-out demo prompts"),
+]
+
+
+def tasks() -> list[dict[str, Any]]:
+    """A row for each task, seed, kind of prompts and scorer: the share of completions that the scorer wants."""
+    rows = []
+    for task, name, part, prompts in TASKS:
+        for path in sorted(RESULTS.glob(f"{name}-seed*.json")):
+            run = json.loads(path.read_text())
+            if part not in run:
+                continue
+            systems = {row["system"]: row for row in run[part]["systems"]}
+            base, quark, dial2 = (systems[system] for system in ("base", "Quark", "Quark, dial at 2"))
+            environment = run[part]["environment"]
+            for role, scorer in run[part]["scorers"].items():
+                rows.append(
+                    {
+                        "task": task,
+                        "seed": run["seed"],
+                        "prompts": prompts,
+                        "scorer": f"{scorer['name']} {scorer['version']}",
+                        "role": role,
+                        "base": base[role]["wanted"],
+                        "quark": quark[role]["wanted"],
+                        "dial2": dial2[role]["wanted"],
+                        "perplexity": {
+                            "base": base["perplexity"]["mean"],
+                            "quark": quark["perplexity"]["mean"],
+                            "dial2": dial2["perplexity"]["mean"],
+                        },
+                        "command": run["command"],
+                        "hardware": f"{environment['cpus']} CPU cores, {environment['platform']}",
+                        "version": environment["packages"]["quark-lm"],
+                    }
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="of the results, without -seed<k>")
+    parser.add_argument("--tasks", action="store_true", help="write docs/results/tasks.json")
+    parser.add_argument("--part", default="demo", help="demo or openwebtext: the held-out prompts")
+    args = parser.parse_args()
+    if args.tasks:
+        (RESULTS / "tasks.json").write_text(json.dumps(tasks(), indent=1) + "\n")
+        return
+    files = sorted(RESULTS.glob(f"{args.name}-seed*.json"))
+    runs = {path.stem.rpartition("seed")[2]: json.loads(path.read_text()) for path in files}
+    runs = {seed: run[args.part] for seed, run in runs.items() if args.part in run}
+    print(f"| system | seed | {' | '.join(name for name, *_ in FIGURES)} |")
+    print("|---" * (len(FIGURES) + 2) + "|")
+    for number, first in enumerate(next(iter(runs.values()))["systems"]):
+        for seed, run in runs.items():
+            cells = []
+            for _, figure, times, form in FIGURES:
+                value = figure(run["systems"][number])
+                mean, low, high = (form.format(times * value[key]) for key in ("mean", "low", "high"))
+                cells.append(f"{mean} ({low} to {high})")
+            print(f"| {first['system']} | {seed} | {' | '.join(cells)} |")
+        if len(runs) > 1:
+            means = [
+                form.format(times * np.mean([figure(run["systems"][number])["mean"] for run in runs.values()]))
+                for _, figure, times, form in FIGURES
+            ]
+            print(f"| **{first['system']}** | mean of {len(runs)} | {' | '.join(means)} |")
+
+
+if __name__ == "__main__":
+    main()
