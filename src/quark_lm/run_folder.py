@@ -226,7 +226,9 @@ class MetricsFile:
                 return True
             if line.get("step", 0) != step:
                 return line.get("step", 0) < step
-            if before_round is not None and line.get("round", 0) >= before_round:
+            if before_round is None:
+                return "train_runtime" not in line  # what a stopped run said at its end
+            if line.get("round", 0) >= before_round:
                 return False
             return measured or "loss" in line
 
