@@ -208,7 +208,7 @@ def test_greedy_and_beams_have_one_completion_a_prompt(files, tmp_path, options)
 
 
 def test_a_stopped_dial_goes_on_with_the_same_completions(files, tmp_path, monkeypatch):
-    from quark_lm.evaluation.completions import Journal
+    from quark_lm.pool import Journal
 
     request = ask(files, tmp_path / "stopped", batch_rows=8, strengths=(0.0, 2.0))
     add, kept = Journal.add, []

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from quark_lm.errors import ConfigError, DataError, RewardError
 from quark_lm.evaluation import metrics, passes
-from quark_lm.evaluation.completions import CompletionSet, Journal, read_completions
+from quark_lm.evaluation.completions import CompletionSet, read_completions
 from quark_lm.evaluation.passes import Asked, Evaluator, Scorer, follow, load_scorers, read_by, score, tokenizer_digest
 from quark_lm.evaluation.summary import reference_figures, summarise
 from quark_lm.generation import GenerationSettings
+from quark_lm.pool import Journal
 from quark_lm.progress import Display
 from quark_lm.prompts import encode
 from quark_lm.reward_tokens import RewardTokens

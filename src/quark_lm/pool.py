@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import DataError, PoolError
+from .errors import DataError, PoolError, QuarkError
 
 # Columns that every round has; a round may have more: `reward/<function>`, and what a reward function logged as
 # `extra/<name>`.
@@ -261,9 +261,63 @@ class Pool:
             ) from error
 
 
+class Journal:
+    """What a pass has finished, a line on disk for each batch: a stop or a kill loses one batch at most.
+
+    Args:
+        begun_with: told when the file is new; `begun` then holds what it was begun with, now or by an earlier call.
+        error: raised when the disk refuses a line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        begun_with: Callable[[], dict[str, Any]] = dict,
+        error: type[QuarkError] = DataError,
+    ) -> None:
+        self.path = path
+        self.error = error
+        self.lines: list[dict[str, Any]] = []
+        kept = 0
+        whole = path.read_bytes() if path.is_file() else b""
+        for line in whole.splitlines(keepends=True):
+            try:
+                if not line.endswith(b"\n"):
+                    break
+                self.lines.append(json.loads(line))
+            except ValueError:  # torn by a kill
+                break
+            kept += len(line)
+        if kept < len(whole):  # the next line must not be joined to a torn one
+            with written_whole(path) as temporary:
+                temporary.write_bytes(whole[:kept])
+        if self.lines:
+            self.begun = self.lines.pop(0)
+        else:
+            self.begun = begun_with()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(self.begun)
+
+    def add(self, **line: Any) -> None:
+        """Keeps one batch; it is on the disk when this returns. Raises: `error` when the disk refuses it."""
+        self._write(line)
+        self.lines.append(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self.error(
+                f"A batch could not be kept in {self.path} ({error.strerror or error}). Make room or mend the folder's"
+                " rights and give the same command again: it goes on from the last batch that was kept."
+            ) from error
+
+
 class PartialRound:
-    """What one rank has explored of a round that is not finished: a line on disk for each batch, so that a stop or a
-    kill loses one batch at most.
+    """What one rank has explored of a round that is not finished, batch by batch on disk.
 
     Args:
         key: what the batches depend on; what is on disk under another key is forgotten.
@@ -274,47 +328,20 @@ class PartialRound:
         self.completions: dict[int, list[int]] = {}  # by the sample's index
         self.scores: dict[int, dict[str, Any]] = {}  # by the number of the chunk
         self.seconds = 0.0  # of sampling
-        self.key = dict(key)
-        lines = self._lines()
-        if not lines or {**lines[0], "rows": 0} != {**self.key, "rows": 0}:
-            with written_whole(self.path) as temporary:
-                temporary.write_text(json.dumps(self.key) + "\n", encoding="utf-8")
-            return
-        self.key = lines[0]  # with the rows of a batch that it was begun with
-        for line in lines[1:]:
+        self._journal = Journal(self.path, lambda: dict(key), PoolError)
+        if {**self._journal.begun, "rows": 0} != {**key, "rows": 0}:
+            self.path.unlink()
+            self._journal = Journal(self.path, lambda: dict(key), PoolError)
+        self.key = self._journal.begun  # with the rows of a batch that it was begun with
+        for line in self._journal.lines:
             if "indices" in line:
                 self.completions |= dict(zip(line["indices"], line["completions"], strict=True))
                 self.seconds += line["seconds"]
             else:
                 self.scores[line["chunk"]] = line
 
-    def _lines(self) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        if self.path.is_file():
-            whole = self.path.read_bytes().rpartition(b"\n")[0]
-            for text in whole.split(b"\n") if whole else []:
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:  # torn by a kill, or damaged: what follows cannot be relied on
-                    break
-            # the next line must not be joined to a torn one
-            good = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-            if good != self.path.read_bytes():
-                with written_whole(self.path) as temporary:
-                    temporary.write_bytes(good)
-        return lines
-
     def _add(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise PoolError(
-                f"A batch could not be kept in {self.path} ({error.strerror or error}). Make room or mend the folder's"
-                " rights and give the same command again: it goes on from the last batch that was kept."
-            ) from error
+        self._journal.add(**line)
 
     def add_completions(self, indices: Sequence[int], completions: Sequence[list[int]], seconds: float) -> None:
         self._add({"indices": list(indices), "completions": list(completions), "seconds": seconds})

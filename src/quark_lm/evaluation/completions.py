@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,53 +263,6 @@ def _text(completion: Any) -> str | None:
 
 
 # What is done so far
-
-
-class Journal:
-    """What a pass has finished, a line on disk for each batch: a stop or a kill loses one batch at most.
-
-    Args: begun_with: told when the file is new; `begun` then holds what it was begun with, now or by an earlier call.
-    """
-
-    def __init__(self, path: Path, begun_with: Callable[[], dict[str, Any]] = dict) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        kept = 0
-        whole = path.read_bytes() if path.is_file() else b""
-        for line in whole.splitlines(keepends=True):
-            try:
-                if not line.endswith(b"\n"):
-                    break
-                self.lines.append(json.loads(line))
-            except ValueError:  # torn by a kill
-                break
-            kept += len(line)
-        if kept < len(whole):  # the next line must not be joined to a torn one
-            with written_whole(path) as temporary:
-                temporary.write_bytes(whole[:kept])
-        if self.lines:
-            self.begun = self.lines.pop(0)
-        else:
-            self.begun = begun_with()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(self.begun)
-
-    def add(self, **line: Any) -> None:
-        """Keeps one batch; it is on the disk when this returns. Raises: DataError when the disk refuses it."""
-        self._write(line)
-        self.lines.append(line)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DataError(
-                f"A batch could not be kept in {self.path} ({error.strerror or error}). Make room or mend the folder's"
-                " rights and give the same command again: it goes on from the last batch that was kept."
-            ) from error
 
 
 def finite_or_none(values: Sequence[float] | NDArray[Any]) -> list[float | None]:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..generation import GenerationSettings, check_strength, sample_seeds
+from ..pool import Journal
 from ..prompts import EncodedPrompts, is_conversational
-from .completions import CompletionSet, Journal, finite_or_none
+from .completions import CompletionSet, finite_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
