@@ -139,15 +139,15 @@ def test_minilm_puts_toxic_texts_above_harmless_ones():
 
 
 @needs_minilm
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_minilm_score_depends_on_the_text_alone(dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.01)])  # AMX blocks by rows
+def test_a_minilm_score_depends_on_the_text_alone(dtype, tolerance):
     scorer = MiniLMScorer("sentiment-minilm", dtype=dtype)
     together = np.array(scorer.score_texts(MIXED))
     alone = np.array([scorer.score_texts([text])[0] for text in MIXED])
-    assert np.abs(together - alone).max() < 1e-5
+    assert np.abs(together - alone).max() < tolerance
     scorer.batch_size = 2
     backwards = np.array(scorer.score_texts(MIXED[::-1])[::-1])
-    assert np.abs(together - backwards).max() < 1e-5
+    assert np.abs(together - backwards).max() < tolerance
 
 
 @needs_minilm
