@@ -1,7 +1,9 @@
 """Markdown tables of docs/results/*.json, so that no figure is typed by hand.
 
 python experiments/tables.py demo-sentiment           # all seeds, and the mean over them
+python experiments/tables.py demo-sentiment --short   # one row a system: the mean of the seeds and their range
 python experiments/tables.py owt-gen1 --part openwebtext
+python experiments/tables.py --tasks                  # results/tasks.json, and the rows of docs/tasks.md
 """
 
 from __future__ import annotations
@@ -79,21 +81,53 @@ def tasks() -> list[dict[str, Any]]:
     return rows
 
 
+def task_rows(rows: list[dict[str, Any]]) -> None:
+    """The rows of docs/tasks.md: of each task, kind of prompts and scorer the mean over the seeds, and their range."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["prompts"], f"{row['scorer']} ({row['role']})"), []).append(row)
+    last = None
+    for (task, prompts, scorer), some in groups.items():
+        if task != last:
+            print(f"\n{task}\n\n| prompts | scorer | seeds | base | Quark | dial at 2 | perplexity |")
+            print("|---" * 7 + "|")
+        last = task
+        shares = [spread([100 * row[key]["mean"] for row in some], "{:.1f}") for key in ("base", "quark", "dial2")]
+        perplexity = [f"{np.mean([row['perplexity'][key] for row in some]):.1f}" for key in ("base", "quark", "dial2")]
+        cells = [prompts, scorer, str(len(some)), *shares, " / ".join(perplexity)]
+        print(f"| {' | '.join(cells)} |")
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean of the seeds' figures, and the lowest and highest."""
+    told = form.format(np.mean(values))
+    return f"{told} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="of the results, without -seed<k>")
     parser.add_argument("--tasks", action="store_true", help="write docs/results/tasks.json")
+    parser.add_argument("--short", action="store_true", help="a row a system: the mean of the seeds and their range")
     parser.add_argument("--part", default="demo", help="demo or openwebtext: the held-out prompts")
     args = parser.parse_args()
     if args.tasks:
         (RESULTS / "tasks.json").write_text(json.dumps(tasks(), indent=1) + "\n")
+        task_rows(tasks())
         return
     files = sorted(RESULTS.glob(f"{args.name}-seed*.json"))
     runs = {path.stem.rpartition("seed")[2]: json.loads(path.read_text()) for path in files}
     runs = {seed: run[args.part] for seed, run in runs.items() if args.part in run}
-    print(f"| system | seed | {' | '.join(name for name, *_ in FIGURES)} |")
+    print(f"| system | {'seeds' if args.short else 'seed'} | {' | '.join(name for name, *_ in FIGURES)} |")
     print("|---" * (len(FIGURES) + 2) + "|")
     for number, first in enumerate(next(iter(runs.values()))["systems"]):
+        if args.short:
+            values = [
+                [times * f(run["systems"][number])["mean"] for run in runs.values()] for _, f, times, _ in FIGURES
+            ]
+            cells = [spread(some, form) for some, (*_, form) in zip(values, FIGURES, strict=True)]
+            print(f"| {first['system']} | {len(runs)} | {' | '.join(cells)} |")
+            continue
         for seed, run in runs.items():
             cells = []
             for _, figure, times, form in FIGURES:
