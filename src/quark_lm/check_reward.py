@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Differences below this share of the rewards' range are rounding: float32 sums in another order.
+# Differences below this share of the rewards' range move no quantile: sums in another order, bfloat16's above all.
 _TOLERANCE = 1e-2
 _SINGLES = 16  # texts that are scored one by one
 _DRIFT_ROWS = 64  # completions sampled with a candidate tag
