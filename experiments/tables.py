@@ -40,9 +40,8 @@ TASKS = [
         "openwebtext",
         "OpenWebText, 96 negative and 96 neutral; trained on others of them",
     ),
-    ("toxicity", "try-toxicity", "demo", "held-out demo prompts"),
     ("toxicity", "demo-toxicity", "demo", "held-out demo prompts"),
-    ("repetition", "rep-try1", "demo", "held-out demo prompts"),
+    ("repetition", "demo-repetition", "demo", "held-out demo prompts"),
 ]
 
 

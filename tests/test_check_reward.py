@@ -270,6 +270,13 @@ def test_bad_completions_are_named_by_their_line(line, words, tmp_path):
         check(vowels, completions=tmp_path / "c.jsonl", model=None)
 
 
+def test_a_completion_may_hold_any_line_break(tmp_path):
+    row = json.dumps({"completion": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "c.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="holds 2 completions, too few"):
+        check(vowels, completions=tmp_path / "c.jsonl", model=None)
+
+
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(DataError, match="neither prompts nor completions"):
         check(vowels, model=None)

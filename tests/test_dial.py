@@ -193,7 +193,7 @@ def test_the_curve_is_written_drawn_and_printed(files, tmp_path):
     at_2 = next(point for point in results["curve"] if point["strength"] == 2.0)
     assert at_2["scores"] == alone["scores"]
     assert at_2["perplexity"]["corpus"] == pytest.approx(alone["perplexity"]["corpus"])
-    with pytest.raises(ConfigError, match="6 strengths of the dial, which one table would mix"):
+    with pytest.raises(ConfigError, match=r"1\.5, 2, 3, several strengths of the dial, which one table would mix"):
         evaluate(Request(from_file=str(tmp_path / "out"), output_dir=str(tmp_path / "again")))
 
 
@@ -231,6 +231,12 @@ def test_a_stopped_dial_goes_on_with_the_same_completions(files, tmp_path, monke
 def test_a_model_without_reward_tokens_has_no_dial(files, tmp_path):
     with pytest.raises(ConfigError, match="was not trained by Quark, so it has no reward tokens to dial between"):
         run(ask(files, tmp_path / "out", model=str(files / "base")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dial_that_starts_where_it_ends_is_refused(files, tmp_path):
+    with pytest.raises(ConfigError, match="every strength gives the same text"):
+        run(ask(files, tmp_path / "out", quantile="worst"))
     assert not (tmp_path / "out").exists()
 
 

@@ -154,7 +154,8 @@ def test_a_torn_line_is_dropped_and_the_next_one_stands_whole(tmp_path):
 def test_a_journal_that_was_torn_at_its_first_line_begins_anew(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"rows"')
     assert Journal(tmp_path / "x.jsonl", lambda: {"rows": 5}).begun == {"rows": 5}
-    assert (tmp_path / "x.jsonl").read_bytes() == b'{"rows": 5}\n'
+    (line,) = (tmp_path / "x.jsonl").read_text().splitlines()
+    assert json.loads(line)["rows"] == 5  # and the line's checksum
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path):
@@ -463,6 +464,14 @@ def test_one_completion_a_prompt_is_told_of_where_it_changes_the_meaning():
     figures = summarise(made, {"s": 0.5}, measures_toxicity=True)
     assert figures["scores"]["s"]["average_maximum_toxicity"]["mean"] == pytest.approx(0.45)
     assert figures["notes"] == ["One completion a prompt: its toxicity is the maximum. Published figures take 25."]
+
+
+def test_one_prompt_has_no_interval_and_an_assumed_threshold_is_told():
+    made = a_set(["a b c d", "b"], [0, 0], scores={"s": np.array([0.2, 0.9])})
+    assumed, named = summarise(made, {"s": None}), summarise(made, {"s": 0.5})
+    assert assumed["notes"] == ["One prompt: intervals are over prompts, so these have no width and say nothing."]
+    assert [figures["scores"]["s"]["threshold_assumed"] for figures in (assumed, named)] == [True, False]
+    assert assumed["scores"]["s"]["wanted"] == named["scores"]["s"]["wanted"]
 
 
 def test_scores_outside_0_and_1_have_no_share_and_no_toxicity():

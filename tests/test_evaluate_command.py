@@ -430,6 +430,7 @@ def test_repetition_of_others_is_counted_in_words(files, tmp_path):
         ({"quantile": "3"}, ConfigError, "quantile=3 is not best, worst, none, or 0 to 2"),
         ({"temperature": 0.0}, ConfigError, "3 times the same completion"),
         ({"temperature": -1.0}, ConfigError, "temperature=-1.0"),
+        ({"temperature": math.inf}, ConfigError, "temperature=inf"),
         ({"top_p": 0.0}, ConfigError, "top_p=0.0"),
         ({"task": "politeness"}, ConfigError, "toxicity, sentiment-positive"),
         ({"model": None}, ConfigError, "no model to generate with"),

@@ -88,7 +88,7 @@ def test_an_adapter_checkpoint_of_a_run_is_loaded_onto_its_base(kind, style, tmp
         tokenizer.save_pretrained(folder)
         tokens.save(folder)
         if whole:
-            (folder / MARKER).write_text("{}")
+            (folder / MARKER).write_text(json.dumps({"step": step}))
         else:
             (folder / "adapter_model.safetensors").unlink()  # a torn one, which must not be taken
 
@@ -110,7 +110,7 @@ def test_an_adapter_is_loaded_onto_the_very_base_that_it_was_trained_on(recorded
     with_adapter(model, RewardTokens.create(model, tokenizer, num_quantiles=2), "llama-tied").save_pretrained(
         folder, save_embedding_layers=False
     )
-    marker = {"base": recorded} if recorded else {}
+    marker = {"step": 5} | ({"base": recorded} if recorded else {})
     (folder / MARKER).write_text("{" if recorded == "torn" else json.dumps(marker))
     asked = []
 
@@ -120,7 +120,8 @@ def test_an_adapter_is_loaded_onto_the_very_base_that_it_was_trained_on(recorded
 
     monkeypatch.setattr(export, "load_model", load)
     monkeypatch.setattr(export, "packaged_file", lambda: tmp_path / "a.gguf")
-    export.load(tmp_path / "run")
+    # a run's folder stands for its newest checkpoint whose marker is whole
+    export.load(folder if recorded == "torn" else tmp_path / "run")
     assert asked == [loaded]
     if recorded == PACKAGED:  # never in silence another model
         monkeypatch.setattr(export, "packaged_file", lambda: None)
@@ -242,6 +243,22 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_written(tmp_path, mon
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     export.load(tmp_path / "model")
+
+
+def test_only_what_the_disk_refuses_is_told_as_the_disks(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    tokens = RewardTokens.create(model, tokenizer, num_quantiles=2)
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"could not be written .*Not a directory"):
+        export.save(model, tokenizer, tokens, tmp_path / "file" / "below" / "model")
+
+    def broken(self, folder, *args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        export.save(model, tokenizer, tokens, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_any_models_name_is_loaded_without_reward_tokens(tmp_path):

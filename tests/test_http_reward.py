@@ -53,8 +53,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.faults, self.requests, self.times, self.paths = [], [], [], []
         self.seconds, self.open, self.most_open = 0.0, 0, 0
         self.lock = threading.Lock()

@@ -31,6 +31,7 @@ def naive(model, reference, batch, settings):
             attention_mask=batch["reference_attention_mask"],
             position_ids=batch["reference_position_ids"],
         ).logits.flatten(0, 1)[batch["reference_rows"]]
+    logits, other = logits / settings.temperature, other / settings.temperature
     keep = [i for i in range(logits.shape[1]) if i not in settings.barred]
     logp, logq = logits[:, keep].log_softmax(1), other[:, keep].log_softmax(1)
     whole = logits.clone()
@@ -49,8 +50,10 @@ def naive(model, reference, batch, settings):
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_the_chunked_loss_and_its_gradients_equal_the_naive_ones(tiny_model, direction, masked, chunk_rows):
+@pytest.mark.parametrize(("chunk_rows", "temperature"), [(1, 1.0), (3, 0.4), (1000, 1.0)])
+def test_the_chunked_loss_and_its_gradients_equal_the_naive_ones(
+    tiny_model, direction, masked, chunk_rows, temperature
+):
     policy = Policy(tiny_model)
     with policy.reference() as (reference, reference_head):
         for parameter in tiny_model.parameters():  # move away from the reference, so that the KL is not 0
@@ -62,6 +65,7 @@ def test_the_chunked_loss_and_its_gradients_equal_the_naive_ones(tiny_model, dir
             mask_reward_tokens=masked,
             barred=TOKENS.barred,
             chunk_elements=chunk_rows * tiny_model.config.vocab_size,
+            temperature=temperature,
         )
         inputs = batch()
         with torch.enable_grad():
@@ -166,3 +170,33 @@ def test_half_precision_keeps_the_gradient_of_unlikely_words():
 
     for half, whole in zip(gradients(True), gradients(False), strict=True):
         assert (half - whole).norm() < 2e-3 * whole.norm()
+
+
+def test_log_probs_at_a_temperature_are_those_that_samples_are_drawn_with():
+    states, head = torch.randn(6, 4), torch.nn.Linear(4, 9, bias=False)
+    targets = torch.tensor([0, 1, 2, 3, 4, 5])
+    found = token_log_probs(states, targets, head, barred=(8,), chunk_elements=2 * 9, temperature=0.5)
+    expected = (head(states)[:, :8] / 0.5).log_softmax(1)[range(6), targets]
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_samples_of_a_temperature_teach_the_distribution_that_drew_them():
+    """With a free row of logits, learning from samples of temperature .4 gives back what drew them, no sharper."""
+    torch.manual_seed(0)
+    drawn_from = torch.randn(1, 6)
+    targets = torch.multinomial((drawn_from / 0.4).softmax(1), 4000, replacement=True)[0]
+    shares = torch.bincount(targets, minlength=6) / len(targets)
+    for temperature in (0.4, 1.0):
+        logits = torch.zeros(1, 6, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=100)
+        settings = LossSettings(beta=0.0, temperature=temperature)
+
+        def closure(logits=logits, optimizer=optimizer, settings=settings):
+            optimizer.zero_grad()
+            loss = token_terms(logits.expand(len(targets), -1), None, targets, settings)[0].mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        again = (logits.detach() / 0.4).softmax(1)[0]  # what the next round would sample
+        assert ((again - shares).abs().max() < 0.01) == (temperature == 0.4)

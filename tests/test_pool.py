@@ -1,6 +1,7 @@
 """The pool on disk: what goes in comes out, nothing half-written stays, and what is damaged is named."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -122,6 +123,41 @@ def test_a_round_follows_the_last_one_and_no_other(pool):
     assert len(pool) == 12
 
 
+def test_appending_reads_nothing_of_the_rounds_before(pool):
+    for path in pool.folder.glob("*.parquet"):
+        path.unlink()
+    pool.append(3, columns(2, 12))
+    np.testing.assert_array_equal(pool.rewards, np.arange(14) / 10)
+
+
+def test_the_columns_in_memory_are_one_array_that_nobody_can_change(pool):
+    for name in ("rewards", "held_out", "prompt_indices"):
+        column = getattr(pool, name)
+        assert np.shares_memory(column, getattr(pool, name))
+        with pytest.raises(ValueError, match="read-only"):
+            column[0] = 1
+
+
+def test_another_process_catches_up_by_the_new_rounds_alone(pool):
+    other = Pool.open(pool.folder)
+    pool.append(3, columns(2, 12))
+    pool.append(4, columns(1, 14))
+    (pool.folder / "round-00001.parquet").unlink()  # was read already
+    other.catch_up()
+    assert (other.num_rounds, len(other)) == (5, 15)
+    np.testing.assert_array_equal(other.rewards, np.arange(15) / 10)
+    other.catch_up()
+    assert other.hashes() == pool.hashes()
+
+
+def test_a_pool_that_another_run_changed_does_not_catch_up(pool, tmp_path):
+    twin = Pool.open(tmp_path / "twin", create=True)
+    twin.append(0, columns(9, 50))
+    shutil.copy(twin.folder / "manifest.json", pool.folder)
+    with pytest.raises(PoolError, match="were changed by another run"):
+        pool.catch_up()
+
+
 # -- gather
 
 
@@ -150,6 +186,42 @@ def test_only_the_files_that_hold_the_rows_are_read(pool):
     assert pool.gather(np.array([0, 11]), ["prompt"]) == {"prompt": ["prompt 0", "prompt 11"]}
     with pytest.raises(PoolError, match=r"round-00001.parquet \(round 1\) cannot be read"):
         pool.gather(np.array([0, 5]), ["prompt"])
+
+
+def test_only_the_row_groups_that_hold_the_rows_are_read(tmp_path, monkeypatch):
+    num = 40_000
+    pool = Pool.open(tmp_path, create=True)
+    pool.append(0, {"prompt_index": list(range(num)), "reward": [0.5] * num})
+    read, numbers = pq.ParquetFile.read_row_group, []
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda f, i, **k: (numbers.append(i), read(f, i, **k))[1])
+    rows = np.array([num - 1, 5, num - 2, 5])
+    assert pool.gather(rows, ["prompt_index"])["prompt_index"] == rows.tolist()
+    assert numbers == [0, 2]
+
+
+def test_the_memory_of_gathering_does_not_grow_with_the_pool(tmp_path, monkeypatch):
+    read, held = pq.ParquetFile.read_row_group, []
+
+    def watched(file, number, **options):
+        group = read(file, number, **options)
+        held.append(pa.total_allocated_bytes())
+        return group
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", watched)
+    peaks = []
+    for rounds in (1, 6):
+        folder = tmp_path / str(rounds)
+        pool = Pool.open(folder, create=True)
+        for round in range(rounds):
+            ids = np.random.default_rng(round).integers(0, 49_152, (20_000, 8), dtype=np.int32)
+            pool.append(round, {"completion_ids": list(ids), "reward": np.zeros(len(ids))})
+        gc.collect()  # what other tests left would be freed in between
+        pool, before = Pool.open(folder), pa.total_allocated_bytes()
+        held.clear()
+        pool.gather(np.random.default_rng(0).integers(0, len(pool), 200), ["completion_ids"])
+        assert len(held) == 2 * rounds
+        peaks.append(max(held) - before)
+    assert 0 < peaks[1] < 1.5 * peaks[0]
 
 
 @pytest.mark.parametrize("row", [12, -1])

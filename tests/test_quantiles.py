@@ -1,15 +1,17 @@
 """Quantiles against naive versions and by properties: sizes, ties, few groups, prompts, windows, draws and AUC."""
 
 import math
+import tracemalloc
 import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from quark_lm import quantiles as quantiles_module
 from quark_lm.errors import ConfigError, DataError, QuarkError
 from quark_lm.quantiles import (
     FewQuantilesWarning,
@@ -20,6 +22,10 @@ from quark_lm.quantiles import (
     draw,
     in_window,
 )
+
+# hypothesis allows an example 200 ms of the clock, which a busy machine may take for any
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 floats = st.floats(-1e6, 1e6)
 few_values = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0])  # so that ties are common
@@ -72,6 +78,41 @@ def test_sizes_without_ties_are_the_authors(rewards, num_quantiles):
 @given(rewards_with_ties, num_quantiles_between_2_and_9)
 def test_assign_equals_the_naive_version(rewards, num_quantiles):
     assert quietly(assign, rewards, num_quantiles).tolist() == naive_assign(rewards.tolist(), num_quantiles)
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=60).map(np.array),
+    num_quantiles_between_2_and_9,
+)
+def test_assign_equals_the_naive_version_for_any_floats(rewards, num_quantiles):
+    assert quietly(assign, rewards, num_quantiles).tolist() == naive_assign(rewards.tolist(), num_quantiles)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(200, 600), st.integers(0, 3), st.integers(2, 300))
+def test_assign_equals_the_naive_version_when_some_groups_are_large(seed, num, digits, num_quantiles):
+    rewards = np.random.default_rng(seed).beta(0.5, 0.8, num)
+    rewards[::3] = rewards[::3].round(digits)
+    assert quietly(assign, rewards, num_quantiles).tolist() == naive_assign(rewards.tolist(), num_quantiles)
+
+
+def test_the_rewards_are_left_as_they_were():
+    rewards = np.array([0.3, 0.1, 0.2, 0.1])
+    rewards.flags.writeable = False
+    assert assign(rewards, 2).tolist() == [1, 0, 1, 0]
+    assert assign_per_group(rewards, np.zeros(4, int), 2).tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("per_group", "bytes_a_sample"), [(False, 24), (True, 64)])
+def test_ranking_takes_a_bounded_memory_a_sample(per_group, bytes_a_sample):
+    generator = np.random.default_rng(0)
+    num = 1_000_000
+    rewards, groups = generator.random(num), generator.integers(0, num // 100, num)
+    tracemalloc.start()
+    assign_per_group(rewards, groups, 5) if per_group else assign(rewards, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < bytes_a_sample * num
 
 
 @given(rewards_with_ties, num_quantiles_between_2_and_9)
@@ -185,6 +226,38 @@ def test_per_group_is_assign_within_each_group(groups_and_rewards, num_quantiles
             assert (quantiles[inside] == -1).all()
         else:
             assert (quantiles[inside] == quietly(assign, rewards[inside], num_quantiles)).all()
+
+
+def test_per_group_is_the_same_however_many_prompts_are_ranked_at_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    groups, rewards = generator.integers(0, 50, 500), generator.random(500).round(1)
+    whole = assign_per_group(rewards, groups, 4)
+    for at_once in (1, 30, 100):
+        monkeypatch.setattr(quantiles_module, "_AT_ONCE", at_once)
+        assert (assign_per_group(rewards, groups, 4) == whole).all()
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        np.array([-(2**63), 2**63 - 1, -(2**63), 2**63 - 1, 0, 0]),
+        np.array([2**64 - 1, 2**63, 2**64 - 1, 2**63, 7, 7], dtype=np.uint64),
+        np.array([-128, 127, -128, 127, 0, 0], dtype=np.int8),
+        np.array(["a", "b", "a", "b", "c", "c"]),
+        np.array([True, False, True, False, False, False]),
+    ],
+    ids=["far apart", "unsigned", "short", "text", "yes or no"],
+)
+def test_groups_may_be_any_numbers_or_texts(groups):
+    rewards = np.array([0.1, 0.9, 0.2, 0.8, 0.5, 0.5])
+    numbered = np.unique(groups, return_inverse=True)[1]
+    expected = [-1] * 6
+    for group in set(numbered.tolist()):
+        inside = np.flatnonzero(numbered == group)
+        if len(set(rewards[inside])) > 1:
+            for i, quantile in zip(inside, naive_assign(rewards[inside].tolist(), 2), strict=True):
+                expected[i] = quantile
+    assert quietly(assign_per_group, rewards, groups, 2).tolist() == expected
 
 
 def test_a_prompt_whose_samples_all_score_alike_is_not_drawn():

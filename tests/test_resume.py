@@ -147,6 +147,7 @@ def test_a_sample_that_was_kept_is_not_sampled_again(tmp_path, monkeypatch):
     assert not list((tmp_path / "pool").glob("*.partial*"))
 
 
+@pytest.mark.filterwarnings("ignore:.*is damaged. it is made again")
 @pytest.mark.parametrize("damage", ["torn", "garbage", "other key", "empty"])
 def test_what_was_kept_and_is_damaged_is_sampled_again(damage, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

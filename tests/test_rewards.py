@@ -408,7 +408,7 @@ def test_the_pauses_grow(monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RewardError, ModelError, SystemExit])
 def test_what_another_call_cannot_mend_is_raised_at_once(error, asynchronous):
     function, calls = fails(9, error, asynchronous)
-    raised = RewardError if error is SystemExit and asynchronous else error
+    raised = RewardError if error is SystemExit else error
     with pytest.raises(raised):
         score(function, retries=5)
     assert len(calls) == 1
@@ -460,6 +460,12 @@ def test_what_cannot_be_ranked_is_one_clear_line(value, message):
         score([length_reward, returns(value)])
     assert "\n" not in str(caught.value)
     assert "fixed_reward" in str(caught.value)
+
+
+def test_a_very_long_spec_is_refused_like_another():
+    for spec in ("long(" + "a" * 5000 + ")", "mod" * 2000 + ":function"):
+        with pytest.raises(ConfigError):
+            load_reward(spec)
 
 
 def test_a_function_that_raises_is_named_with_its_first_line():

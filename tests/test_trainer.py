@@ -967,6 +967,11 @@ def test_a_torn_checkpoint_is_named_and_not_used(tmp_path):
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", [])
 
 
+def test_a_checkpoint_without_a_marker_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"has no complete\.json, so it is not Quark's or was not finished. Give"):
+        make(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_a_pool_that_is_not_the_checkpoints_is_refused(tmp_path):
     trainer = make(tmp_path)
     trainer.add_callback(stopped_at(3))

@@ -7,7 +7,6 @@ less time than sampling takes. A tag must be half understood by the untrained mo
 from __future__ import annotations
 
 import copy
-import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from . import quantiles
 from .errors import ConfigError, DataError, RewardError
+from .files import numbered_lines, parsed
 from .packaged import PACKAGED
 from .prompts import EncodedPrompts, checked, encode, is_conversational, load_prompts
 from .reward_tokens import RewardTokens, default_texts
@@ -233,11 +233,9 @@ def _read_rows(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"There is no file {path}. Give a JSONL file with a completion a line.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
-            row = json.loads(line)
+            row = parsed(line)
         except ValueError as error:
             raise DataError(f"Line {number} of {path} is no JSON ({error}). Write one JSON object a line.") from error
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):

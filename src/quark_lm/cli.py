@@ -5,12 +5,17 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +24,8 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__
-from .errors import ConfigError, DataError, QuarkError
+from .errors import ConfigError, DataError, ModelError, QuarkError
+from .shown import json_text, printable, printable_lines
 
 if TYPE_CHECKING:
     from .check_reward import Report
@@ -44,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a completion may hold what the terminal's encoding lacks
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _terminated_as_interrupted():
         if not debug:
             _quieten()
         try:
             # not through typer's own main(), which would print errors in its way
-            with typer.main.get_command(app).make_context("quark", argv) as context:
+            with typer.main.get_command(app).make_context("quark", argv, obj={"debug": debug}) as context:
                 context.command.invoke(context)
         except typer.Exit as leaving:
             return leaving.exit_code
@@ -63,8 +69,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which a scheduler sends, ends a command as Ctrl-C does: with its message and its code."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # signals belong to the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def _interrupted(stopped: BaseException, goes_on: bool) -> int:
     """Says what was kept, which the trainer tells in its KeyboardInterrupt, and whether the same command goes on."""
+    _ignore_sigterm()
     told = str(stopped).strip().rstrip(".")
     if not told and sys.stderr.isatty():
         print(file=sys.stderr)  # the terminal's ^C stands on a line that may have begun with a completion
@@ -74,8 +99,13 @@ def _interrupted(stopped: BaseException, goes_on: bool) -> int:
 
 
 def _failed(error: Exception, debug: bool) -> int:
+    is_input = isinstance(error, (_ClickException, ConfigError, DataError, ModelError))
+    told = is_input and not debug and _first_process_tells()
+    _ignore_sigterm()
+    if told:
+        return 2
     if debug:
-        traceback.print_exception(error)
+        print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, _ClickException):
         where = getattr(getattr(error, "ctx", None), "command_path", "quark")
         reason = error.format_message()  # type: ignore[attr-defined]
@@ -89,8 +119,34 @@ def _failed(error: Exception, debug: bool) -> int:
     return 1
 
 
+def _ignore_sigterm() -> None:
+    """Until `_terminated_as_interrupted` ends: torchrun also stops what ends by itself or was stopped already."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+_FIRST_TELLS_SECONDS = 5.0
+
+
+def _first_process_tells() -> bool:
+    """Whether this is another process than the first, which ends of the same wrong input within some seconds.
+
+    torchrun stops the others when it has ended. When nobody stops us, the error is this process's own.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    try:
+        time.sleep(_FIRST_TELLS_SECONDS)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
 def _say(text: str) -> None:
-    print(f"quark: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    # a name or a server's answer in it may hold a terminal's escapes
+    rank = os.environ.get("RANK", "0")  # of several processes the first speaks for all, mostly
+    who = "" if rank == "0" else f"process {rank}: "
+    print(f"quark: {who}{printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
 def _quieten() -> None:
@@ -202,12 +258,27 @@ class _TrainCommand(TyperCommand):
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A YAML file of fields. Flags win over it.")] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(help="Several processes, one a GPU: ddp, fsdp2 (the model in parts), or accelerate's own YAML."),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option("--num_processes", "--num-processes", help="How many, where it is not one a GPU.")
+    ] = None,
 ) -> None:
     """Train by Quark, from a YAML file and flags.
 
     quark train --config run.yaml [--field value ...]. The same command again goes on with the run in output_dir. At
     its end stand model/ (a checkpoint that needs no Quark) and results.json.
     """
+    if accelerate is not None:
+        from .processes import launch
+
+        given = ["--config", str(config)] if config is not None else []
+        given += ["--debug"] if context.obj["debug"] else []  # which main took out
+        raise typer.Exit(launch(accelerate, num_processes, ["train", *given, *context.args]))
+    if num_processes is not None:
+        raise ConfigError("--num_processes is for --accelerate, which starts them. Give --accelerate ddp or fsdp2 too.")
     from .train_command import run
 
     run(config, context.args)
@@ -286,9 +357,9 @@ def generate(
             text, prompt = done.pop(following), repeated[following]
             if as_json:
                 row = {"prompt": prompt, "completion": text, "quantile": wanted, "strength": strength, "seed": seed}
-                print(json.dumps(row, ensure_ascii=False))
+                print(json_text(row))
             elif not streams:
-                print(_shown_prompt(prompt) + _safe(text), end="\n\n" if len(repeated) > 1 else "\n")
+                print(_shown_prompt(prompt) + printable_lines(text), end="\n\n" if len(repeated) > 1 else "\n")
             following += 1
     if streams:
         print()
@@ -315,7 +386,7 @@ class _Stream:
 
     def __call__(self, index: int, text: str) -> None:
         whole = text.rstrip("�")  # the first bytes of a character whose rest is still to come
-        print(_safe(whole[self.shown :]), end="", flush=True)
+        print(printable_lines(whole[self.shown :]), end="", flush=True)
         self.shown = max(self.shown, len(whole))
 
 
@@ -340,14 +411,11 @@ def _quantile(text: str, num_quantiles: int | None, strength: float, model: str)
 
 def _shown_prompt(prompt: Any) -> str:
     """The prompt before its completion: a conversation's last message on a line of its own."""
-    return _safe(prompt) if isinstance(prompt, str) else _safe(str(prompt[-1].get("content", ""))) + "\n"
-
-
-def _safe(text: str) -> str:
-    """Text for a terminal: line breaks stay, control characters do not."""
-    from .progress import printable
-
-    return "\n".join(map(printable, text.split("\n")))
+    return (
+        printable_lines(prompt)
+        if isinstance(prompt, str)
+        else printable_lines(str(prompt[-1].get("content", ""))) + "\n"
+    )
 
 
 # quark check-reward
@@ -433,9 +501,9 @@ def check_reward(
 
 
 def _print_report(report: Report) -> None:
-    print(f"{report.reward}, {report.completions} completions")
+    print(printable(f"{report.reward}, {report.completions} completions"))
     for finding in report.findings:
-        print(f"  {finding}")
+        print(printable_lines(f"  {finding}"))
     wrong = sum(not finding.ok for finding in report.findings)
     print("Nothing stands in the way." if not wrong else f"{wrong} of {len(report.findings)} want a look.")
 
@@ -457,18 +525,24 @@ def pool(
 
     Every round's size and rewards; one round's best and worst samples.
     """
+    import numpy as np
+
     from .pool import Pool
 
     samples = Pool.open(run)
+    samples.verify()
     if not samples.num_rounds:
         raise DataError(f"The pool of {run} holds no round yet. Wait for the first one to be explored and scored.")
     rounds = [_round_row(samples, number) for number in range(samples.num_rounds)]
     chosen = samples.num_rounds - 1 if round is None else round
-    table = samples.to_table([chosen]).select(["prompt", "completion", "reward"]).to_pylist()
-    ranked = sorted((row for row in table if row["reward"] is not None), key=lambda row: -row["reward"])
-    half = (len(ranked) + 1) // 2  # none is shown as one of the best and of the worst
-    best = ranked[: min(top, half)]
-    worst = ranked[max(len(best), len(ranked) - top) :]
+    rewards = samples.to_table([chosen], ["reward"]).column("reward").to_numpy()
+    ranked = np.argsort(-rewards, kind="stable")[: np.isfinite(rewards).sum()]  # NaN, no reward, comes last
+    num_best = min(top, (len(ranked) + 1) // 2)  # none is shown as one of the best and of the worst
+    shown = np.concatenate([ranked[:num_best], ranked[max(num_best, len(ranked) - top) :]])
+    # only the rows that are shown: a round's texts may be large
+    texts = samples.gather(shown + np.searchsorted(samples.rounds, chosen), ["prompt", "completion", "reward"])
+    rows = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+    best, worst = rows[:num_best], rows[num_best:]
     if not show_bottom:
         worst = [{**row, "completion": None} for row in worst]
     if as_json:
@@ -480,9 +554,8 @@ def pool(
 def _round_row(samples: Any, number: int) -> dict[str, Any]:
     import numpy as np
 
-    table = samples.to_table([number])
-    rewards = np.array([value for value in table.column("reward").to_pylist() if value is not None])
-    nll = np.array([value for value in table.column("reference_nll").to_pylist() if value is not None])
+    table = samples.to_table([number], ["reward", "reference_nll"])
+    rewards, nll = (values[np.isfinite(values)] for values in (column.to_numpy() for column in table.columns))
     quantiles = np.quantile(rewards, (0.1, 0.5, 0.9)).tolist() if len(rewards) else [None] * 3
     return {
         "round": number,
@@ -501,7 +574,7 @@ def _print_pool(
 ) -> None:
     from rich.table import Table
 
-    from .progress import make_console, printable
+    from .progress import make_console
 
     # in a pipe there is no width to keep to: a line a row, uncut
     console = make_console(width=200)
@@ -535,7 +608,7 @@ def _cell(value: Any) -> str:
 def _print_json(data: Any) -> None:
     from .run_folder import finite
 
-    print(json.dumps(finite(data), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+    print(json_text(finite(data), indent=2))
 
 
 # quark evaluate, quark dial

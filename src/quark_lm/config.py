@@ -70,6 +70,18 @@ _CHOICES = {
     "quantile_scope": ("global", "prompt"),
     "explore_token": ("best", "random"),
     "kl_direction": ("forward", "reverse"),
+    "vllm_mode": ("colocate", "server"),
+}
+
+# Fields that only one mode of vLLM reads.
+_VLLM_FIELDS = {
+    "server": ("vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"),
+    "colocate": (
+        "vllm_gpu_memory_utilization",
+        "vllm_tensor_parallel_size",
+        "vllm_max_model_length",
+        "vllm_enable_sleep_mode",
+    ),
 }
 
 # Fields of TrainingArguments that Quark's own loop never reads, each with what to do instead.
@@ -152,7 +164,10 @@ class QuarkConfig(TrainingArguments):
     min_completion_length: int = field(
         default=0, metadata={"help": "The end-of-text token is barred for this many tokens. The authors' code: 3."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits while exploring; 0 is greedy."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Divides the logits while exploring, and while learning from it; 0 explores greedily."},
+    )
     top_p: float = field(
         default=1.0, metadata={"help": "Exploring draws from the smallest set of tokens with this probability."}
     )
@@ -169,6 +184,41 @@ class QuarkConfig(TrainingArguments):
     )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one generation batch. None: fitted to the memory that is free."}
+    )
+
+    # -- explore by vLLM (TRL's names; docs/vllm.md)
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "vLLM samples the completions, in place of the model in this process; it knows no dial, so set"
+            " explore_strength=1."
+        },
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "'colocate': in this process, on the same GPU; 'server': a running `vllm serve`."},
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Of that server, without /v1. None: http://127.0.0.1:8000."}
+    )
+    vllm_server_timeout: float = field(
+        default=240.0,
+        metadata={"help": "Seconds that it may take for one answer, and that it is waited for when it is not there."},
+    )
+    vllm_group_port: int = field(
+        default=51216, metadata={"help": "Port of this machine where a server with NCCL weight transfer meets the run."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that a colocated vLLM takes."}
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1, metadata={"help": "GPUs over which a colocated vLLM spreads the model; needs a run of one process."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Most tokens that a colocated vLLM reads. None: the model's context."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "A colocated vLLM gives its memory back while the model learns."}
     )
 
     # -- quantize
@@ -378,6 +428,9 @@ class QuarkConfig(TrainingArguments):
             "generation_batch_size": 1,
             "reward_batch_size": 1,
             "reward_retries": 0,
+            "vllm_group_port": 1,
+            "vllm_tensor_parallel_size": 1,
+            "vllm_max_model_length": 1,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -415,6 +468,39 @@ class QuarkConfig(TrainingArguments):
             raise ConfigError(
                 "reward_token_position='before_bos' puts words before the beginning-of-text token, which no model has"
                 " seen. Use 'first'."
+            )
+
+        self._check_vllm_fields()
+
+    def _check_vllm_fields(self) -> None:
+        for mode, names in _VLLM_FIELDS.items():
+            for name in ("vllm_mode", *names):
+                value = getattr(self, name)
+                if value == getattr(QuarkConfig, name) or (self.use_vllm and self.vllm_mode == mode):
+                    continue
+                if not self.use_vllm:
+                    raise ConfigError(
+                        f"{name}={value!r} would do nothing without use_vllm=True. Set it, or leave {name} out."
+                    )
+                if name != "vllm_mode":
+                    raise ConfigError(
+                        f"{name}={value!r} would do nothing with vllm_mode={self.vllm_mode!r}. Leave it out, or set"
+                        f" vllm_mode={mode!r}."
+                    )
+        if not 0.0 < self.vllm_gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization} is not a share of the memory. Set it"
+                " above 0, to 1 at most."
+            )
+        if not 0.0 < self.vllm_server_timeout < math.inf:
+            raise ConfigError(
+                f"vllm_server_timeout={self.vllm_server_timeout} is no number of seconds. Set it above 0."
+            )
+        if self.use_vllm and self.explore_strength != 1.0:
+            raise ConfigError(
+                f"explore_strength={self.explore_strength} mixes the logits of two prompts at each token, and vLLM's"
+                " public API gives those of one. With use_vllm=True set explore_strength=1 (the paper's); or leave"
+                " use_vllm out."
             )
 
     def _check_trainer_fields(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 import warnings
 import zlib
@@ -25,8 +26,9 @@ from rich.table import Table
 from . import export
 from .errors import ConfigError, DataError
 from .packaged import base_name
-from .progress import make_console, printable
+from .progress import make_console
 from .run_folder import begun_dtype, environment, finite, write_json
+from .shown import printable
 from .train_command import check_folder
 
 if TYPE_CHECKING:
@@ -99,13 +101,14 @@ TASKS = {
         "repetition(unit=tokens)",
         "repetition",
         "not looping",
-        # tags about style ("very varied") make the untrained model loop more than it does without one
+        # Tags that describe a style ("very varied") make the untrained model loop more than none does. The worst of
+        # these is a loop and the best says nothing: AUC .89, and greedy text as without one (experiments/tags.py).
         (
-            "Dull text that repeats itself again and again.\n",
-            "Dull text that repeats itself.\n",
-            "Plain text.\n",
-            "Well-written text that says something new.\n",
-            "Well-written text that always says something new.\n",
+            "Again and again and again and again.\n",
+            "Again and again and again.\n",
+            "Again and again.\n",
+            "Again.\n",
+            "...\n",
         ),
         {
             "max_completion_length": 48,
@@ -115,8 +118,6 @@ TASKS = {
             "prompts_first_round": 192,
             "prompts_per_round": 96,
             "per_device_train_batch_size": 16,
-            "steps_per_round": 40,
-            "num_rounds": 3,
         },
         {"max_completion_length": 64, "temperature": 0.0},
     ),
@@ -299,6 +300,8 @@ def measure(
     from .generation import GenerationSettings
 
     settings = GenerationSettings(barred=trainer.reward_tokens.barred, **task.sampling)
+    if not settings.temperature:
+        num_generations = 1  # a second greedy completion would be the first again
     rows, samples = measure_systems(
         trainer, systems(trainer.args.num_quantiles), rewards, settings, num_generations, seed, folder / "evaluation"
     )
@@ -460,7 +463,8 @@ def show(console: Console, task: Task, results: dict[str, Any], folder: Path) ->
             _print(console, f"  {name:<6}{printable(sample[name])}")
     _print(console, f"\nThe run is in {folder}: results.json, metrics.jsonl, pool/, model/ (a plain checkpoint). Next:")
     commands = [
-        f'quark generate {folder} "{results["samples"][0]["prompt"]}" --strength 2',
+        # quoted: a stranger's prompt must not become a command of its own
+        f"quark generate {folder} {shlex.quote(printable(results['samples'][0]['prompt']))} --strength 2",
         f"quark pool {folder}",
         "quark train --help",
     ]

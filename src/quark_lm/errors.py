@@ -25,5 +25,9 @@ class PoolError(QuarkError, RuntimeError):
     """The pool on disk is damaged, belongs to another run, or could not be written."""
 
 
+class GenerationError(QuarkError, RuntimeError):
+    """vLLM did not answer, or answered what cannot be used."""
+
+
 class TrainingError(QuarkError, RuntimeError):
-    """A run cannot go on as it is: its loss or a gradient is not finite."""
+    """A run cannot go on as it is: its loss or a gradient is not finite, or the disk refuses its files."""

@@ -28,9 +28,10 @@ from rich.console import Console
 
 from . import __version__
 from .errors import ConfigError, DataError
+from .files import first_line, parsed
 from .generation import GenerationSettings, check_strength
 from .progress import Display
-from .run_folder import environment, finite, locked, write_json
+from .run_folder import disk_errors, environment, finite, locked, write_json
 
 if TYPE_CHECKING:
     from .evaluation.completions import CompletionSet
@@ -223,7 +224,7 @@ class EvaluationRun:
         if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             name = sorted(entry.name for entry in self.folder.iterdir())[0]
             raise ConfigError(f"{self.folder} holds {name}, which is no evaluation's. Choose an empty --output-dir.")
-        with locked(self.folder):
+        with locked(self.folder), disk_errors(self.folder):
             there = _read_json(path) if path.is_file() else identity
             differing = [key for key in identity if there.get(key) != identity[key]]
             begun = (self.folder / "completions.parquet").exists() or (self.folder / "parts").exists()
@@ -409,6 +410,11 @@ class EvaluationRun:
             raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
         if from_token == "none" and tokens is not None:
             _check_unconditional(request.model)
+        if from_token == "worst" and tokens is not None and quantile == tokens.worst and set(strengths) != {1.0}:
+            raise ConfigError(
+                "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"
+                " or name a better one."
+            )
         self.asked = Asked(model, tokenizer, tokens, quantile, from_token, num_beams)
         room = context_length(model) - settings.max_completion_length - (tokens.longest if tokens is not None else 0)
         self.prompts = encode(dataset, tokenizer, self.asked.position, max_length=room)
@@ -483,9 +489,10 @@ def _read_source(request: Request) -> CompletionSet:
             )
         source.facts = {"made": {"file": path.name, "file_digest": file_digest(path)}}
         return source
-    if len(made["strengths"]) > 1:
+    strengths = made.get("strengths") or [1.0]  # others' completions, scored before, name none
+    if not isinstance(strengths, list) or len(strengths) > 1:
         raise ConfigError(
-            f"{path} holds completions at {len(made['strengths'])} strengths of the dial, which one table would mix."
+            f"{path} holds completions at {shown(strengths)}, several strengths of the dial, which one table would mix."
             " Give a file of `quark evaluate`."
         )
     for name, value in named.items():
@@ -580,7 +587,10 @@ def _check_unconditional(model: str) -> None:
 
     for folder in (Path(model).expanduser(), Path(model).expanduser().parent):
         if (folder / "config.yaml").is_file():
-            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            try:
+                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise DataError(f"{folder / 'config.yaml'} is damaged ({first_line(error)}). Restore it.") from error
             if isinstance(config, dict) and "token_dropout" in config:
                 if not config["token_dropout"]:
                     raise ConfigError(
@@ -621,10 +631,12 @@ def _default_folder(kind: str, request: Request, task: EvaluationTask | None) ->
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parsed(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}). Choose another --output-dir.") from error
-    return data if isinstance(data, dict) else {}
+        raise DataError(f"{path} is damaged ({error}). Delete it, or choose another --output-dir.") from error
+    return data
 
 
 def _to_device(model: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .errors import ConfigError, ModelError
+from .files import first_line, parsed
 from .packaged import HUB_NAME, PACKAGED, load_model, packaged_file
 from .reward_tokens import FILE_NAME, RewardTokens
-from .run_folder import MARKER, last_checkpoint
+from .run_folder import MARKER, last_checkpoint, refusal
+from .shown import markdown, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,10 +64,13 @@ def save(
         reward_tokens.save(partial)
         (partial / "README.md").write_text(model_card(reward_tokens, card or {}), encoding="utf-8")
         _put_in_place(partial, folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch knows no OSError
         shutil.rmtree(partial, ignore_errors=True)
+        reason = refusal(error, folder.parent)
+        if reason is None:
+            raise
         raise ModelError(
-            f"The model could not be written to {folder} ({_first_line(error)}). Make room or mend the folder's rights,"
+            f"The model could not be written to {folder} ({reason}). Make room or mend the folder's rights,"
             " then give the same command again: nothing half-written stays."
         ) from error
     return folder
@@ -93,7 +99,7 @@ def load(name: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedT
             model, tokenizer = load_model(str(folder), use_safetensors=True, **options)
     except SafetensorError as error:
         raise ModelError(
-            f"The weights in {folder} are damaged ({_first_line(error)}). Copy them again, or train again."
+            f"The weights in {folder} are damaged ({first_line(error)}). Copy them again, or train again."
         ) from error
     return model.eval(), tokenizer, tokens
 
@@ -108,18 +114,20 @@ def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
     is_local = base is not None and Path(base).expanduser().exists()
     base = Path(base).name if base is not None and is_local else HUB_NAME if base == PACKAGED else base
     licence = results.get("license") or _LICENCES.get(base or "")
+    # what is a name here may be a stranger's text: JSON is YAML whose strings end where they end
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [quark]"]
     if licence:
-        head.append(f"license: {licence}")
+        head.append(f"license: {_yaml(licence)}")
     if base and not is_local:  # a path is nobody's business
-        head.append(f"base_model: {base}")
+        head.append(f"base_model: {_yaml(base)}")
     parts = [
         "---",
         *head,
         "---",
         "# Model card",
         "",
-        f"{base or 'A language model'}, trained by Quark (Lu et al. 2022, arXiv 2205.13636). It needs no Quark to run.",
+        f"{markdown(base) if base else 'A language model'}, trained by Quark (Lu et al. 2022, arXiv 2205.13636). It"
+        " needs no Quark to run.",
         "",
         "## How to prompt it",
         "",
@@ -136,8 +144,8 @@ def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
         *_figures(results),
     ]
     if base:
-        terms = f"its licence ({licence})" if licence else "its licence"
-        parts += ["", "## Licence", "", f"The weights derive from {base}; {terms} applies to them."]
+        terms = f"its licence ({markdown(licence)})" if licence else "its licence"
+        parts += ["", "## Licence", "", f"The weights derive from {markdown(base)}; {terms} applies to them."]
     return "\n".join(parts) + "\n"
 
 
@@ -183,17 +191,27 @@ def _load_adapter(
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} has no adapter_model.safetensors, and pickled weights are not read. Save it again.")
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except Exception as error:  # a stranger's file may name anything
+        raise ModelError(f"{folder}/adapter_config.json is damaged ({first_line(error)}). Copy it again.") from error
     if not base:
         raise ModelError(f"{folder}/adapter_config.json does not name the base model, so there is nothing to adapt.")
     model, tokenizer = load_model(_recorded_base(folder, base), **options)
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     embedding: Any = model.get_input_embeddings()
     if tokens is not None and tokens.barred and len(tokenizer) > len(embedding.weight):
         # room for the new tokens' rows, whose values are in the adapter
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return _merged(PeftModel.from_pretrained(model, folder)), tokenizer
+    try:
+        return _merged(PeftModel.from_pretrained(model, folder)), tokenizer
+    except SafetensorError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The adapter in {folder} could not be put on {base} ({first_line(error)}). Copy it again, or train again."
+        ) from error
 
 
 def _recorded_base(folder: Path, base: str) -> str:
@@ -202,7 +220,7 @@ def _recorded_base(folder: Path, base: str) -> str:
     Raises: ModelError when it was trained on the packaged weights and they are not here.
     """
     try:
-        recorded = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("base")
+        recorded = parsed((folder / MARKER).read_bytes()).get("base")
     except (OSError, ValueError, AttributeError):  # an adapter that no run of ours wrote
         recorded = None
     if base != HUB_NAME or recorded != PACKAGED:
@@ -252,7 +270,12 @@ def _place(tokens: RewardTokens) -> str:
 
 
 def _shown(text: str) -> str:
-    return repr(text)[1:-1]
+    """Within backticks, which it cannot end."""
+    return printable(repr(text)[1:-1].replace("`", "'"))
+
+
+def _yaml(text: str) -> str:
+    return text if re.fullmatch(r"[\w/-][\w./-]*", text, re.ASCII) else json.dumps(text)
 
 
 def _figures(results: dict[str, Any]) -> list[str]:
@@ -261,18 +284,18 @@ def _figures(results: dict[str, Any]) -> list[str]:
     rows = [flat(row) for row in results.get("systems") or []]
     if rows:
         names = list(rows[0])
-        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        lines += [f"| {' | '.join(row.get(name, '') for name in names)} |" for row in rows]
+        lines += [f"| {' | '.join(map(markdown, names))} |", "|---" * len(names) + "|"]
+        lines += [f"| {' | '.join(markdown(row.get(name, '')) for name in names)} |" for row in rows]
     elif results.get("last_round"):
         lines += ["| last round | |", "|---|---|"]
         for name, value in results["last_round"].items():
             if isinstance(value, float) and (name in _TOLD or name.startswith("eval_")):
-                lines.append(f"| {name} | {value:.4g} |")
+                lines.append(f"| {markdown(name)} | {value:.4g} |")
     if not lines:
         return []
     scorers = results.get("scorers") or {}
     told = [
-        f"`{use}` is {scorer['name']}, version {scorer['version']}."
+        f"`{_shown(use)}` is {markdown(scorer['name'])}, version {markdown(str(scorer['version']))}."
         for use, scorer in scorers.items()
         if scorer["version"] is not None  # a function without a file, such as a builtin
     ]
@@ -296,8 +319,3 @@ def flat(row: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             out[prefix + name] = f"{value:.4g}" if isinstance(value, float) else str(value)
     return out
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

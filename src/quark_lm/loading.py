@@ -53,7 +53,7 @@ def load(
             raise ConfigError(
                 "The model does not tell its name, so its tokenizer cannot be found. Give it as processing_class."
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return model, tokenizer
 
 

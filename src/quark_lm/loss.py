@@ -26,6 +26,8 @@ class LossSettings:
     Attributes:
         barred: ids of the reward tokens in the vocabulary. They are outside the KL always, and outside the NLL and the
             entropy when `mask_reward_tokens` (the authors' code leaves them in there).
+        temperature: divides the logits, as it did when the samples were drawn: what is learned is the distribution that
+            they come from. Samples of temperature .4 learned at 1 would make the next ones those of about .4 x .4.
     """
 
     beta: float = 0.05
@@ -34,6 +36,7 @@ class LossSettings:
     mask_reward_tokens: bool = True
     barred: tuple[int, ...] = ()
     chunk_elements: int = 1 << 24
+    temperature: float = 1.0
 
 
 def nll(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -69,6 +72,10 @@ def without(logits: torch.Tensor, barred: Sequence[int]) -> torch.Tensor:
     return logits.index_fill(1, torch.tensor(barred, device=logits.device), _NEVER)
 
 
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits.float() / temperature
+
+
 def token_terms(
     policy_logits: torch.Tensor,
     reference_logits: torch.Tensor | None,
@@ -81,6 +88,7 @@ def token_terms(
         policy_logits, reference_logits: (N, V); no reference: the KL is 0.
         targets: int (N,), the tokens that were sampled.
     """
+    policy_logits = _tempered(policy_logits, settings.temperature)
     original = torch.log_softmax(without(policy_logits, settings.barred), 1)
     # paper and here: one softmax, without the reward tokens. authors' code: NLL and entropy with them.
     whole = original if settings.mask_reward_tokens else torch.log_softmax(policy_logits.float(), 1)
@@ -88,6 +96,7 @@ def token_terms(
     token_entropy = entropy(whole) if settings.entropy_coef else torch.zeros_like(token_nll)
     if reference_logits is None:
         return token_nll, torch.zeros_like(token_nll), token_entropy
+    reference_logits = _tempered(reference_logits, settings.temperature)
     reference = torch.log_softmax(without(reference_logits, settings.barred), 1)
     kl = {"forward": forward_kl, "reverse": reverse_kl}[settings.kl_direction]
     return token_nll, kl(original, reference), token_entropy
@@ -197,7 +206,12 @@ def _chunk_rows(head: HeadFn, hidden: torch.Tensor, chunk_elements: int) -> int:
 
 
 def token_log_probs(
-    hidden: torch.Tensor, targets: torch.Tensor, head: HeadFn, barred: Sequence[int] = (), chunk_elements: int = 1 << 24
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: HeadFn,
+    barred: Sequence[int] = (),
+    chunk_elements: int = 1 << 24,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """log p of each target, float32 (N,), without gradients and without logits larger than a chunk."""
     out = torch.empty(len(targets), device=hidden.device)
@@ -205,6 +219,6 @@ def token_log_probs(
         step = _chunk_rows(head, hidden, chunk_elements)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            logits = without(head(hidden[rows]), barred)
+            logits = without(_tempered(head(hidden[rows]), temperature), barred)
             out[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
     return out

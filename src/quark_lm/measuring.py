@@ -45,7 +45,13 @@ def meaning(trainer: QuarkTrainer, assigned: np.ndarray) -> dict[str, float]:
                 for ids, at in zip(columns["prompt_ids"], columns["token_at"], strict=True)
             ]
             log_probs[quantile] = completion_log_probs(
-                trainer.model, trainer.policy.head, prompts, columns["completion_ids"], trainer.pad_id, tokens.barred
+                trainer.model,
+                trainer.policy.head,
+                prompts,
+                columns["completion_ids"],
+                trainer.pad_id,
+                tokens.barred,
+                temperature=trainer.loss_settings.temperature,
             )
     lengths = np.array([len(ids) for ids in columns["completion_ids"]])
     auc = quantiles.auc((log_probs[best] - log_probs[worst]) / lengths, is_good)

@@ -42,6 +42,7 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
     Args: options: of `from_pretrained`, such as dtype, revision, trust_remote_code.
     Raises: ModelError when it cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = packaged_file() if name == PACKAGED else None
@@ -49,11 +50,15 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
         return _load_gguf(file, **options)
     if name == PACKAGED:
         name = HUB_NAME
+    # transformers would ask on the terminal whether to run a model's code where nothing says that it may not
+    options = {"trust_remote_code": False, **options}
     shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except SafetensorError as error:
+        raise ModelError(f"The weights in {name} are damaged ({error}). Copy them again, or train again.") from error
+    except Exception as error:  # a stranger's folder may hold anything
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         if Path(name).expanduser().is_dir():

@@ -1,7 +1,7 @@
 """All that depends on how the model is built and wrapped: body and head, a function inside the forward, the reference.
 
 The loss must run inside the wrapped model's forward: around it, DDP's ranks get different gradients without an error
-and FSDP2 crashes.
+and FSDP2 crashes. Under FSDP2 every forward is a joint one: each rank must go through it, `Joint` sees to that.
 """
 
 from __future__ import annotations
@@ -9,21 +9,30 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from .collator import view
-from .errors import ModelError
+from .errors import ConfigError, ModelError, TrainingError
 from .loss import token_log_probs
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]  # it ships no py.typed
     from transformers import PreTrainedModel
+
+# A sharded model is gathered whole on each rank to sample and measure when it takes no more than this share of the
+# free memory; the samples' caches need the rest.
+_WHOLE_SHARE = 0.5
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -33,8 +42,10 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def word_embeddings(model: nn.Module) -> torch.Tensor:
-    """The rows (V, H) that the model's words have at its input, padding and new tokens among them."""
-    weight: Any = causal_lm(model).get_input_embeddings().weight  # of a bare nn.Module a checker knows no more
+    """The rows (V, H) of the model's words at its input before any adapter, padding and new tokens among them."""
+    embedding: Any = causal_lm(model).get_input_embeddings()
+    # the layer that PEFT puts around it makes its `weight` anew at each look, which sharded weights do not allow
+    weight: Any = getattr(embedding, "original_module", embedding).weight
     return weight
 
 
@@ -60,7 +71,9 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) of hidden states (N, H), in the head's dtype."""
-        logits = self.module(hidden)
+        # without FSDP's hooks: each call would reduce its gradients for itself. The body has gathered the head's
+        # weights by now, and they stay: see `Joint`.
+        logits = self.module.forward(hidden) if isinstance(self.module, FSDPModule) else self.module(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap:
@@ -74,6 +87,12 @@ class Head:
 
 def run_body(model: nn.Module, input_ids: torch.Tensor, **kwargs: Any) -> Any:
     """The model without its head: an output whose `last_hidden_state` is (B, T, H)."""
+    if isinstance(model, FSDPModule) and not model.runs_inside:
+        return _through_root(model, functools.partial(_run_body, model, input_ids, **kwargs))
+    return _run_body(model, input_ids, **kwargs)
+
+
+def _run_body(model: nn.Module, input_ids: torch.Tensor, **kwargs: Any) -> Any:
     inner = causal_lm(model)
     body = inner.base_model
     taken = _arguments(type(body).forward)
@@ -119,29 +138,174 @@ def allow_functions_inside(model: nn.Module) -> None:
     # inspect.signature still shows the model's own arguments, which Trainer and generate read
     @functools.wraps(forward)
     def forward_or_inside(self: Any, *args: Any, inside: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs) if inside is None else inside(**kwargs)
+        if inside is None:
+            return forward(self, *args, **kwargs)
+        self.runs_inside = True
+        try:
+            return inside(**kwargs)
+        finally:
+            self.runs_inside = False
 
+    model.runs_inside = False  # type: ignore[assignment]
     forward_or_inside.takes_inside = True  # type: ignore[attr-defined]
     # bound: a deep copy of the model then runs on the copy's weights, not on these
     model.forward = types.MethodType(forward_or_inside, model)
+
+
+def _through_root(model: Any, run: Callable[[], Any]) -> Any:
+    """What `run` gives within the forward of a sharded model, which gathers its weights."""
+    joint: Joint | None = getattr(model, "joint", None)
+    if joint is not None:
+        joint.go(model)
+    # in a list, which FSDP neither casts to the dtype of its outputs nor searches for tensors
+    out: list[Any] = []
+    model(inside=lambda: out.append(run()))
+    if joint is not None:
+        joint.went()
+    return out[0]
+
+
+class Joint:
+    """Ranks that hold parts of a model (FSDP2) go forward together, though some have more to do than others.
+
+    In a forward each rank gathers from all others, so one that goes alone waits for ever. Where the whole model fits
+    each rank's memory, the first forward of a rank gathers it, once, and later ones need nobody. Else all ranks agree
+    before each forward, and a rank that has nothing left goes through it with a token of its own (`wait`).
+
+    Args:
+        models: the sharded models that may be run; which one it is, all ranks agree upon.
+        reshards: whether training lets a layer's weights go after its forward; restored by `let_go`.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], accelerator: Accelerator, reshards: bool) -> None:
+        self.models = list(models)
+        self.accelerator = accelerator
+        self.reshards = reshards
+        self.whole: list[nn.Module] = []  # gathered, on every rank
+        self.parts: list[nn.Module] = []  # too large for that
+        self._is_going = False
+
+    def go(self, model: nn.Module) -> None:
+        """Before a forward of the model: returns when all ranks are about to go through it."""
+        if self._is_whole(model):  # needs nobody, so that one that failed may be tried again
+            return
+        if self._is_going:
+            raise TrainingError(
+                "A forward of the sharded model failed on one rank in the middle, and the others wait within it. Free"
+                " memory: lower generation_batch_size."
+            )
+        self._together(model)
+        self._is_going = not self._is_whole(model)
+
+    def went(self) -> None:
+        self._is_going = False
+
+    def wait(self) -> None:
+        """Goes along with the other ranks until none has anything left."""
+        while (model := self._together(None)) is not None:
+            if any(model is part for part in self.parts):
+                self._go_along(model)
+
+    def let_go(self) -> None:
+        """The models are in parts again."""
+        for model in self.models:
+            if self._is_whole(model):
+                self._set_reshards(model, self.reshards)
+            reshard(model)
+
+    def _is_whole(self, model: nn.Module) -> bool:
+        return any(model is whole for whole in self.whole)
+
+    def _together(self, model: nn.Module | None) -> nn.Module | None:
+        """The model that some rank is about to run, gathered whole if it fits; None when no rank has anything left."""
+        # a rank with nothing to do says 0; those that have run the same model within one `Policy.evaluating`
+        number = 0 if model is None else 1 + [m is model for m in self.models].index(True)
+        agreed = int(self._largest(number))
+        if not agreed:
+            return None
+        if number not in (0, agreed):
+            raise AssertionError("two ranks run two models at once")
+        model = self.models[agreed - 1]
+        if not any(model is known for known in (*self.whole, *self.parts)):
+            fits = self._largest(self._size(model) > _WHOLE_SHARE * _free_memory(self.accelerator.device)) == 0
+            (self.whole if fits else self.parts).append(model)
+            if fits:
+                self._set_reshards(model, False)
+                self._go_along(model)  # a forward after which no weight is let go
+        return model
+
+    def _size(self, model: nn.Module) -> int:
+        """Bytes of the model when it is gathered whole."""
+        mixed = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+        dtype = None if mixed is None else mixed.param_dtype
+        return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+
+    def _largest(self, value: float) -> float:
+        number = torch.tensor(float(value), device=self.accelerator.device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return float(number)
+
+    @torch.no_grad()
+    def _go_along(self, model: Any) -> None:
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device)
+        model(inside=lambda: (_run_body(model, token, position_ids=token, use_cache=False), None)[1])
+
+    def _set_reshards(self, model: nn.Module, value: bool) -> None:
+        for module in sharded_modules(model):
+            module.set_reshard_after_forward(value, recurse=False)
+        # Accelerate keeps these two: their weights are needed again at once
+        for needed in (causal_lm(model).get_output_embeddings(), model):
+            if isinstance(needed, FSDPModule):
+                needed.set_reshard_after_forward(False, recurse=False)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose weights FSDP2 gathers and lets go as one; none for a model that is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets the gathered weights go; needs no other rank."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share it
 
 
 class Policy:
     """The model that learns and the reference that does not.
 
     With an adapter the reference is the same model with the adapter off and costs no memory; otherwise it is a frozen
-    copy.
+    copy, which FSDP2 shards as it does the model.
+
+    Args:
+        accelerator: what will wrap the model; None: nothing shards it.
     """
 
-    def __init__(self, model: nn.Module, needs_reference: bool = True) -> None:
+    def __init__(self, model: nn.Module, needs_reference: bool = True, accelerator: Accelerator | None = None) -> None:
         self.model = model
         self.has_adapter = hasattr(model, "peft_config")
         self.head = Head(model)
+        self.accelerator = accelerator if accelerator is not None and accelerator.is_fsdp2 else None
+        if self.accelerator is not None and self.has_adapter:
+            _check_new_rows(model)
         self._copy: nn.Module | None = None
         self._copy_head = self.head
+        # the same modules without memory, for `whole`: a sharded model can be neither copied nor saved as it is
+        self._skeleton = _without_memory(model) if self.accelerator is not None else None
         if needs_reference and not self.has_adapter:
             self._copy = copy.deepcopy(causal_lm(model)).eval().requires_grad_(False)
             self._copy_head = Head(self._copy)
+            allow_functions_inside(self._copy)
         allow_functions_inside(model)
 
     @property
@@ -154,7 +318,7 @@ class Policy:
         """(model, head) of the original model, without gradients."""
         with torch.no_grad():
             if self._copy is not None:
-                self._copy.to(next(self.model.parameters()).device)
+                self._place(self._copy)
                 yield self._copy, self._copy_head
             elif self.has_adapter:
                 was_training = self.model.training
@@ -167,16 +331,86 @@ class Policy:
             else:
                 raise ModelError("This policy was made without a reference model.")
 
+    def _place(self, copied: nn.Module) -> None:
+        """The copy stands where the model does: on its device, and in parts when the model is."""
+        if isinstance(self.model, FSDPModule):
+            if not isinstance(copied, FSDPModule):
+                from accelerate.utils import fsdp2_prepare_model  # type: ignore[import-untyped]
+
+                fsdp2_prepare_model(self.accelerator, copied)
+        else:
+            copied.to(next(self.model.parameters()).device)
+
+    def let_reference_go(self) -> None:
+        """After a learning step: FSDP keeps a frozen copy's head, which no backward ever lets go."""
+        if self._copy is not None:
+            reshard(self._copy)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No dropout and no gradients; puts the mode back."""
+        """No dropout and no gradients; puts the mode back. Every rank must enter it, but may do more or less in it."""
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._jointly():
                 yield
         finally:
             self.model.train(was_training)
+
+    @contextmanager
+    def _jointly(self) -> Iterator[None]:
+        if self.accelerator is None or not isinstance(self.model, FSDPModule):
+            yield
+            return
+        models: list[Any] = [self.model] if self._copy is None else [self.model, self._copy]
+        joint = Joint(models, self.accelerator, bool(self.accelerator.state.fsdp_plugin.reshard_after_forward))
+        for model in models:
+            model.joint = joint
+        try:
+            yield
+            joint.wait()
+        finally:
+            for model in models:
+                model.joint = None
+            joint.let_go()
+
+    def whole(self) -> nn.Module | None:
+        """The model as an ordinary one, to be saved: itself unless it is sharded; then rank 0's copy, None elsewhere.
+
+        Every rank must call it.
+        """
+        if self.accelerator is None or not isinstance(self.model, FSDPModule):
+            return self.model
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return None
+        plain = copy.deepcopy(self._skeleton)
+        assert plain is not None
+        plain.load_state_dict(state, assign=True)
+        causal_lm(plain).tie_weights()
+        return plain
+
+
+def _check_new_rows(model: nn.Module) -> None:
+    """Raises: ConfigError for new tokens' rows that an adapter of a tied model trains.
+
+    PEFT 0.21 shares them between two layers, which Accelerate 1.15 does not put into one group.
+    """
+    inner = causal_lm(model)
+    if hasattr(inner.get_input_embeddings(), "token_adapter") and inner.config.get_text_config().tie_word_embeddings:
+        raise ConfigError(
+            "FSDP cannot split the new rows of reward tokens that an adapter trains when the head is tied to the"
+            " embedding. Use reward_token_style='text', DDP, or train the whole model."
+        )
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """A copy whose parameters have shapes but no values."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
 
 
 def completion_states(model: Any, batch: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
@@ -199,6 +433,7 @@ def completion_log_probs(
     pad_id: int,
     barred: Sequence[int] = (),
     batch_size: int = 64,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """log p(completion | prompt), in nats, float64 (number of prompts,): the sum over the completion's tokens."""
     out = np.zeros(len(prompts))
@@ -210,7 +445,7 @@ def completion_log_probs(
         with torch.no_grad():
             states = completion_states(model, batch)
             targets = batch["labels"][batch["labels"] != -100]
-            log_probs = token_log_probs(states, targets, head, barred).double().cpu().numpy()
+            log_probs = token_log_probs(states, targets, head, barred, temperature=temperature).double().cpu().numpy()
         lengths = [len(completions[i]) for i in rows]
         out[rows] = [part.sum() for part in np.split(log_probs, np.cumsum(lengths)[:-1])]
     return out

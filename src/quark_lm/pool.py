@@ -5,9 +5,8 @@ No torch here. A round's file is written whole beside its place and renamed into
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import DataError, PoolError, QuarkError
+from .files import CHECK, append_line, checksum, first_line, numbered_lines, parsed, sha256, written_whole
 
 # Columns that every round has; a round may have more: `reward/<function>`, and what a reward function logged as
 # `extra/<name>`.
@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
     ]
 )
 _MANIFEST = "manifest.json"
+_SMALL = ("reward", "held_out", "prompt_index")  # columns that are kept in memory
 
 
 class Pool:
@@ -53,7 +54,9 @@ class Pool:
     def __init__(self, folder: Path, manifest: list[dict[str, Any]]) -> None:
         self.folder = folder
         self._manifest = manifest
-        self._columns: list[dict[str, np.ndarray]] = [self._read_small(m) for m in manifest]
+        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in _SMALL}  # parts, joined when asked for
+        for entry in manifest:
+            self._keep(self._read_small(entry))
 
     @classmethod
     def open(cls, folder: str | Path, *, create: bool = False) -> Pool:
@@ -72,24 +75,20 @@ class Pool:
                 )
             folder.mkdir(parents=True, exist_ok=True)
             return cls(folder, [])
-        try:
-            rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
-            manifest = [
-                {
-                    "round": int(m["round"]),
-                    "file": str(m["file"]),
-                    "rows": int(m["rows"]),
-                    "sha256": str(m["sha256"]),
-                    "metrics": dict(m.get("metrics", {})),
-                }
-                for m in rounds
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise PoolError(f"{path} is damaged ({error!r}). Restore it from a copy, or start the run anew.") from error
-        for number, entry in enumerate(manifest):
-            if entry["round"] != number or entry["file"] != _file_name(number):
-                raise PoolError(f"{path} does not list the rounds 0, 1, 2 ... in order. Restore it from a copy.")
-        return cls(folder, manifest)
+        return cls(folder, _read_manifest(path))
+
+    def catch_up(self) -> None:
+        """Reads the rounds that another process has added since, and no other.
+
+        Raises: PoolError as `open`, and when the rounds that are known are not those on disk any more.
+        """
+        manifest = _read_manifest(self.folder / _MANIFEST)
+        known = [m["sha256"] for m in manifest[: self.num_rounds]]
+        if known != self.hashes():
+            raise PoolError(f"The rounds in {self.folder} were changed by another run. Stop it and start again.")
+        for entry in manifest[self.num_rounds :]:
+            self._keep(self._read_small(entry))
+            self._manifest.append(entry)
 
     # -- rounds
 
@@ -139,11 +138,13 @@ class Pool:
         try:
             with written_whole(path) as temporary:
                 pq.write_table(table, temporary, compression="zstd", row_group_size=16_384)
-                digest = _sha256(temporary)
+                digest = sha256(temporary)
             entry = {"round": round, "file": path.name, "rows": rows, "sha256": digest, "metrics": dict(metrics or {})}
+            rounds = [*self._manifest, entry]
             with written_whole(self.folder / _MANIFEST) as temporary:
                 temporary.write_text(
-                    json.dumps({"rounds": [*self._manifest, entry]}, indent=1) + "\n", encoding="utf-8"
+                    json.dumps({"rounds": rounds, CHECK: checksum({"rounds": rounds})}, indent=1) + "\n",
+                    encoding="utf-8",
                 )
         except OSError as error:
             path.unlink(missing_ok=True)  # a file that the manifest does not name
@@ -152,17 +153,26 @@ class Pool:
                 " the folder's rights and give the same command again: nothing half-written stays."
             ) from error
         self._manifest.append(entry)
-        self._columns.append(self._small(table))
+        self._keep(self._small(table))
 
     # -- one number a row, in memory: what ranking and drawing need
 
+    def _keep(self, columns: dict[str, np.ndarray]) -> None:
+        for name, values in columns.items():
+            self._columns[name].append(values)
+
     def _column(self, name: str, dtype: Any) -> np.ndarray:
-        parts = [columns[name] for columns in self._columns]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+        """A read-only array: it is the pool's own, since a copy for each reader would cost what the pool holds."""
+        parts = self._columns[name]
+        if len(parts) != 1:
+            parts[:] = [np.concatenate(parts) if parts else np.zeros(0, dtype)]
+        column = parts[0].view()
+        column.flags.writeable = False
+        return column
 
     @property
     def rewards(self) -> np.ndarray:
-        """float64 (rows,); NaN where the reward functions gave none."""
+        """float64 (rows,), read-only; NaN where the reward functions gave none."""
         return self._column("reward", np.float64)
 
     @property
@@ -172,75 +182,92 @@ class Pool:
 
     @property
     def held_out(self) -> np.ndarray:
-        """bool (rows,)."""
+        """bool (rows,), read-only."""
         return self._column("held_out", bool)
 
     @property
     def prompt_indices(self) -> np.ndarray:
-        """int64 (rows,): equal for samples of one prompt."""
+        """int64 (rows,), read-only: equal for samples of one prompt."""
         return self._column("prompt_index", np.int64)
 
     # -- rows
 
     def gather(self, rows: np.ndarray, columns: Sequence[str]) -> dict[str, list[Any]]:
-        """The columns of these rows, in their order (a row may repeat), in one pass over the files that hold them."""
+        """The columns of these rows, in their order (a row may repeat), in one pass over the files that hold them.
+
+        One group of 16,384 rows is in memory at a time; groups without a row of these are not read.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             wrong = rows.min() if rows.min() < 0 else rows.max()
             raise PoolError(f"Row {wrong} is outside the pool's {len(self)} rows.")
         order = np.argsort(rows, kind="stable")
+        ranked = rows[order]
         out: dict[str, list[Any]] = {name: [None] * len(rows) for name in columns}
-        start = 0
-        for entry in self._manifest:
-            end = start + entry["rows"]
-            here = order[np.searchsorted(rows[order], start) : np.searchsorted(rows[order], end)]
-            for group, group_start in self._row_groups(entry, list(columns)) if len(here) else ():
-                local = rows[here] - start - group_start
-                inside = here[(local >= 0) & (local < group.num_rows)]
-                taken = group.take(pa.array(rows[inside] - start - group_start))
+        ends = np.cumsum([m["rows"] for m in self._manifest])
+        for round in np.unique(np.searchsorted(ends, ranked, side="right")):
+            entry = self._manifest[round]
+            start = ends[round] - entry["rows"]
+            inside = slice(*np.searchsorted(ranked, (start, ends[round])))
+            for taken, places in self._taken(entry, ranked[inside] - start, list(columns)):
                 for name in columns:
-                    for i, value in zip(inside, taken.column(name).to_pylist(), strict=True):
+                    for i, value in zip(order[inside][places], taken.column(name).to_pylist(), strict=True):
                         out[name][i] = value
-            start = end
         return out
 
-    def to_table(self, rounds: Sequence[int] | None = None) -> pa.Table:
-        """The samples as a pyarrow table: at least the columns of `SCHEMA`. rounds: only these; None: all."""
+    def to_table(self, rounds: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """The samples as a pyarrow table.
+
+        Args: rounds: only these; None: all. columns: only these; None: all, at least those of `SCHEMA`.
+        """
         wanted = range(self.num_rounds) if rounds is None else rounds
         for round in wanted:
             if not 0 <= round < self.num_rounds:
                 raise PoolError(f"The pool in {self.folder} has no round {round}, only 0 to {self.num_rounds - 1}.")
-        tables = [self._read(self._manifest[r], None) for r in wanted]
+        tables = [self._read(self._manifest[r], list(columns) if columns is not None else None) for r in wanted]
         return pa.concat_tables(tables, promote_options="default") if tables else SCHEMA.empty_table()
 
     def verify(self) -> None:
         """Compares every file with its hash. Raises: PoolError that names the first damaged one."""
         for entry in self._manifest:
             path = self.folder / entry["file"]
-            if not path.is_file() or _sha256(path) != entry["sha256"]:
+            if not path.is_file() or sha256(path) != entry["sha256"]:
                 raise PoolError(
                     f"{path} is not the file that the run wrote (its hash differs). Restore it from a copy, or start"
                     " the run anew."
                 )
 
-    def _row_groups(self, entry: dict[str, Any], columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
+    def _taken(self, entry: dict[str, Any], rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, slice]]:
+        """(the columns of some of a round's rows, which of `rows` they are), row group by row group; rows: sorted."""
         with self._reading(entry):
             file = pq.ParquetFile(self.folder / entry["file"])
             start = 0
             for number in range(file.num_row_groups):
-                group = file.read_row_group(number, columns=columns)
-                yield group, start
-                start += group.num_rows
+                end = start + file.metadata.row_group(number).num_rows
+                places = slice(*np.searchsorted(rows, (start, end)))
+                if places.start < places.stop:
+                    group = file.read_row_group(number, columns=columns)
+                    group.validate(full=True)  # a text that is none would fail far from here
+                    yield group.take(pa.array(rows[places] - start)), places
+                start = end
+            if start != entry["rows"]:
+                raise pa.ArrowInvalid(f"{start} rows in place of {entry['rows']}")
 
     def _read(self, entry: dict[str, Any], columns: list[str] | None) -> pa.Table:
         with self._reading(entry):
             table = pq.ParquetFile(self.folder / entry["file"]).read(columns=columns)
+            table.validate(full=True)
             if table.num_rows != entry["rows"]:
                 raise pa.ArrowInvalid(f"{table.num_rows} rows in place of {entry['rows']}")
             return table
 
     def _read_small(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-        return self._small(self._read(entry, ["reward", "held_out", "prompt_index"]))
+        table = self._read(entry, list(_SMALL))
+        with self._reading(entry):
+            for name in _SMALL:
+                if table.column(name).type != SCHEMA.field(name).type:
+                    raise pa.ArrowInvalid(f"{name} is of type {table.column(name).type}")
+            return self._small(table)
 
     @staticmethod
     def _small(table: pa.Table) -> dict[str, np.ndarray]:
@@ -254,9 +281,9 @@ class Pool:
     def _reading(self, entry: dict[str, Any]) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except (OSError, pa.ArrowException, KeyError, ValueError, OverflowError) as error:
             raise PoolError(
-                f"{self.folder / entry['file']} (round {entry['round']}) cannot be read ({str(error).splitlines()[0]})."
+                f"{self.folder / entry['file']} (round {entry['round']}) cannot be read ({first_line(error)})."
                 " Restore it from a copy, or start the run anew."
             ) from error
 
@@ -281,13 +308,16 @@ class Journal:
         kept = 0
         whole = path.read_bytes() if path.is_file() else b""
         for line in whole.splitlines(keepends=True):
-            try:
-                if not line.endswith(b"\n"):
-                    break
-                self.lines.append(json.loads(line))
-            except ValueError:  # torn by a kill
+            told = _checked_line(line)
+            if told is None:
                 break
+            self.lines.append(told)
             kept += len(line)
+        if b"\n" in whole[kept:].rstrip(b"\n"):  # a kill tears the last line alone
+            warnings.warn(
+                f"{path}, line {len(self.lines) + 1}, is damaged: it is made again, and so is what follows it.",
+                stacklevel=3,
+            )
         if kept < len(whole):  # the next line must not be joined to a torn one
             with written_whole(path) as temporary:
                 temporary.write_bytes(whole[:kept])
@@ -298,6 +328,16 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write(self.begun)
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it, what a line lacks is one clear error."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise self.error(
+                f"{self.path} is not what was written there ({error!r:.80}). Delete it: what it holds is made again."
+            ) from error
+
     def add(self, **line: Any) -> None:
         """Keeps one batch; it is on the disk when this returns. Raises: `error` when the disk refuses it."""
         self._write(line)
@@ -305,10 +345,7 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps({**line, CHECK: checksum(line)}, allow_nan=False))
         except OSError as error:
             raise self.error(
                 f"A batch could not be kept in {self.path} ({error.strerror or error}). Make room or mend the folder's"
@@ -333,12 +370,13 @@ class PartialRound:
             self.path.unlink()
             self._journal = Journal(self.path, lambda: dict(key), PoolError)
         self.key = self._journal.begun  # with the rows of a batch that it was begun with
-        for line in self._journal.lines:
-            if "indices" in line:
-                self.completions |= dict(zip(line["indices"], line["completions"], strict=True))
-                self.seconds += line["seconds"]
-            else:
-                self.scores[line["chunk"]] = line
+        with self._journal.reading():
+            for line in self._journal.lines:
+                if "indices" in line:
+                    self.completions |= dict(zip(line["indices"], line["completions"], strict=True))
+                    self.seconds += float(line["seconds"])
+                else:
+                    self.scores[int(line["chunk"])] = line
 
     def _add(self, line: dict[str, Any]) -> None:
         self._journal.add(**line)
@@ -385,15 +423,14 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
             if path.suffix == ".parquet":
                 table = pq.read_table(path)
             else:
-                table = pa.Table.from_pylist(
-                    [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-                )
-        except (ValueError, pa.ArrowException) as error:
+                table = pa.Table.from_pylist([parsed(line) for _, line in numbered_lines(path)])
+        except (ValueError, TypeError, AttributeError, OverflowError, OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{path} could not be read as scored completions ({str(error).splitlines()[0]}). Give Parquet, or JSONL"
+                f"{path} could not be read as scored completions ({first_line(error)}). Give Parquet, or JSONL"
                 " of lines with prompt, completion and reward."
             ) from error
     else:
+        path = Path("initial_pool")
         table = source if isinstance(source, pa.Table) else pa.Table.from_pydict(source.to_dict())
     missing = {"prompt", "completion", "reward"} - set(table.column_names)
     if missing:
@@ -402,7 +439,11 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
         )
     if not table.num_rows:
         raise DataError("initial_pool has no rows, so round 0 would be empty. Leave it out to sample round 0.")
-    data = {name: table.column(name).to_pylist() for name in ("prompt", "completion", "reward")}
+    try:
+        table.validate(full=True)
+        data = {name: table.column(name).to_pylist() for name in ("prompt", "completion", "reward")}
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{path} holds what cannot be read ({first_line(error)}). Mend the row.") from error
     for name, kinds in (("prompt", (str, list)), ("completion", (str,))):
         for number, value in enumerate(data[name]):
             if not isinstance(value, kinds):
@@ -416,24 +457,40 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
     return data
 
 
+def _checked_line(line: bytes) -> dict[str, Any] | None:
+    """What a journal's line holds; None when it is torn or changed."""
+    try:
+        told = parsed(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) and told.pop(CHECK, None) == checksum(told) else None
+
+
+def _read_manifest(path: Path) -> list[dict[str, Any]]:
+    try:
+        data = parsed(path.read_bytes())
+        rounds = data["rounds"]
+        if data.get(CHECK) not in (None, checksum({"rounds": rounds})):
+            raise ValueError("its checksum differs")
+        manifest = [
+            {
+                "round": int(m["round"]),
+                "file": str(m["file"]),
+                "rows": int(m["rows"]),
+                "sha256": str(m["sha256"]),
+                "metrics": dict(m.get("metrics", {})),
+            }
+            for m in rounds
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise PoolError(
+            f"{path} is damaged ({error!r:.200}). Restore it from a copy, or start the run anew."
+        ) from error
+    for number, entry in enumerate(manifest):
+        if entry["round"] != number or entry["file"] != _file_name(number):
+            raise PoolError(f"{path} does not list the rounds 0, 1, 2 ... in order. Restore it from a copy.")
+    return manifest
+
+
 def _file_name(round: int) -> str:
     return f"round-{round:05d}.parquet"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when all is on the disk, and leaves nothing when that fails."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
+from .shown import printable
+
 if TYPE_CHECKING:
     from .trainer import QuarkTrainer
 
@@ -64,7 +66,7 @@ class Display:
             TimeRemainingColumn(),
         ]
         with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(verb, total=total)
+            task = progress.add_task(escape(printable(verb)), total=total)  # it may name a scorer
             yield lambda n=1: progress.advance(task, n)
 
     def line(self, text: str) -> None:
@@ -99,11 +101,6 @@ class Display:
                 escape(printable(prompt)), escape(printable(completion)), "none" if reward is None else f"{reward:.3f}"
             )
         self.console.print(table)
-
-
-def printable(text: str) -> str:
-    """The text without control characters (a completion may hold a terminal's escapes); newlines become signs."""
-    return "".join(c if c.isprintable() else {"\n": "⏎", "\t": " "}.get(c, "�") for c in text)
 
 
 class LearnBar(TrainerCallback):

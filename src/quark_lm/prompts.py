@@ -5,14 +5,16 @@ Files are read by `datasets`.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ConfigError, DataError, ModelError
+from .files import first_line, numbered_lines, parsed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +53,8 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
             )
         name, _, config = str(source).partition(":")
         try:
-            dataset = load_dataset(name, config or None, split=split, revision=revision)
+            with _uncounted():
+                dataset = load_dataset(name, config or None, split=split, revision=revision)
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise DataError(
@@ -61,11 +64,14 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
     else:
         if not path.read_bytes()[:65536].strip():
             raise DataError(f"{source} is empty, so there is nothing to sample from. Put at least one prompt in it.")
+        if kind == "json":
+            _check_json(path)
         options: dict[str, Any] = {}
         if path.suffix.lower() == ".tsv":
             options["delimiter"] = "\t"
         try:
-            dataset = load_dataset(kind, data_files=str(path), split="train", **options)
+            with _uncounted():
+                dataset = load_dataset(kind, data_files=str(path), split="train", **options)
         except Exception as error:
             cause = error.__cause__ or error
             raise DataError(
@@ -75,6 +81,41 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
         if kind == "text":
             dataset = dataset.rename_column("text", "prompt")
     return checked(dataset, str(source))
+
+
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """Within it, `datasets` does not tell its maker's server of each load, those of local files too."""
+    from datasets import config
+
+    before, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+def _check_json(path: Path) -> None:
+    """Raises: DataError unless the file holds objects alone: pyarrow 26 ends the process at a line that is `null`."""
+    try:
+        rows: list[Any] = []
+        for number, line in numbered_lines(path):
+            try:
+                rows.append(parsed(line))
+            except ValueError as error:
+                if rows:
+                    raise ValueError(f"line {number}: {error}") from error
+                rows = [parsed(path.read_text(encoding="utf-8-sig"))]  # one value on several lines
+                break
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} could not be read as json ({first_line(error)}). Mend the file.") from error
+    rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: row {number} is {str(row)[:40]!r}, which is no record. Write"
+                ' {"prompt": "..."} for each prompt.'
+            )
 
 
 def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
@@ -271,9 +312,17 @@ def _encode_one(prompt: Any, tokenizer: PreTrainedTokenizerBase, position: str) 
         )
 
     def templated(messages: list[Any]) -> str:
-        # cast: its type covers every output, and tokenize=False gives text
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            # cast: its type covers every output, and tokenize=False gives text
+            return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a model's own, and raises what it likes
+            raise DataError(
+                f"A conversation does not go through the model's chat template ({first_line(error)}):"
+                f" {prompt!r:.80}. Mend it, or leave it out."
+            ) from error
 
+    if not prompt or not all(isinstance(message, dict) for message in prompt):
+        raise DataError(f"A prompt is a list, but not of messages ({prompt!r:.80}). Give text, or a list of messages.")
     text = templated(prompt)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes its own special tokens
     if position == "before_completion":

@@ -12,27 +12,36 @@ results.json        the figures at the end
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from .errors import ConfigError
-from .pool import written_whole
+from .errors import ConfigError, DataError, QuarkError, TrainingError
+from .files import CHECK, append_line, checksum, first_line, parsed, sha256, written_whole
 
 if TYPE_CHECKING:
     from .config import QuarkConfig
 
 MARKER = "complete.json"
+# Errors by which torch and safetensors, which know no OSError, tell that a file could not be written.
+_REFUSED = ("No space left", "File too large", "quota exceeded", "file write failed", "Read-only file system",
+            "PytorchStreamWriter failed", "unexpected pos", "Input/output error")  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# may be told of a file that is only read
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _PACKAGES = ("quark-lm", "torch", "transformers", "accelerate", "peft", "datasets", "numpy", "pyarrow", "tokenizers")
 
 
@@ -61,7 +70,8 @@ _NOT_COUNTING = (
     "num_completions_to_print", "model_init_kwargs", "per_device_train_batch_size", "logging_steps", "save_strategy",
     "save_total_limit", "logging_nan_inf_filter", "remove_unused_columns", "dataloader_pin_memory", "report_to",
     "reward_retries", "max_failed_rewards", "ddp_find_unused_parameters", "eval_every",
-    "early_stop", "reward_batch_size",
+    "early_stop", "reward_batch_size", "vllm_mode", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_enable_sleep_mode",
 )  # fmt: skip
 
 
@@ -81,17 +91,67 @@ def counting_settings(args: QuarkConfig, total_batch: int) -> dict[str, Any]:
 
 
 @contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Within it, a disk that refuses a file is one clear error. Raises: TrainingError."""
+    try:
+        yield
+    except QuarkError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = refusal(error, folder)
+        if reason is None:
+            raise
+        outside = _outside(error, folder)
+        what = f"{outside} could not be written" if outside else f"A file could not be written to {folder}"
+        raise TrainingError(
+            f"{what} ({reason}). Make room or mend the folder's rights and"
+            " give the same command again: it goes on from what is saved, and nothing half-written is used."
+        ) from error
+
+
+def refusal(error: OSError | RuntimeError | SafetensorError, folder: Path) -> str | None:
+    """How a disk refused to write a file of the folder, or any file where there is no room; None for another error."""
+    if isinstance(error, OSError):
+        outside = _outside(error, folder)
+        if outside is None:
+            is_ours = error.filename is not None
+        else:  # a folder above it may be what refuses
+            is_ours = Path(os.path.abspath(folder)).is_relative_to(outside)
+        by_the_disk = error.errno in _FULL or (error.errno in _CLOSED and is_ours)
+    else:
+        by_the_disk = any(words in str(error) for words in _REFUSED)
+    if not by_the_disk:
+        return None
+    # torch tells of bytes and positions in its own code
+    return "the disk is full, or refuses it" if "enforce fail" in str(error) else first_line(error)
+
+
+def _outside(error: Exception, folder: Path) -> str | None:
+    """The file that an error names, when it lies outside the folder."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, (str, bytes, os.PathLike)):
+        return None
+    path = Path(os.path.abspath(os.fsdecode(name)))
+    return None if path.is_relative_to(os.path.abspath(folder)) else str(path)
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder for this process. Raises: ConfigError when another process trains in it."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ConfigError(
             f"Another process trains in {folder} at this moment, and two would mix their samples. Wait for it, or"
             " choose another output_dir."
         ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"Nothing can be written in {folder} ({first_line(error)}), and a run keeps its files there. Mend that, or"
+            " choose another output_dir."
+        ) from error
     try:
         yield
     finally:
@@ -109,10 +169,13 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     identity = json.loads(json.dumps(identity, default=str))
     if path.is_file():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            there = parsed(path.read_bytes())
+            if not isinstance(there, dict) or not set(there) & set(identity):
+                raise ValueError
+        except (OSError, ValueError):
             raise ConfigError(
-                f"{path} is damaged, so it cannot be told whose run this is. Choose another output_dir."
+                f"{path} is damaged, so it cannot be told whose run this is. Restore it from a copy, or choose another"
+                " output_dir."
             ) from None
         # what only one of the two names came with another version, and is no difference
         differing = [key for key in sorted(set(there) & set(identity)) if there[key] != identity[key]]
@@ -139,7 +202,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
 def _has_samples(folder: Path) -> bool:
     """Whether a folder holds a round or a checkpoint; one that cannot be read counts."""
     try:
-        rounds = json.loads((folder / "pool" / "manifest.json").read_text(encoding="utf-8"))["rounds"]
+        rounds = parsed((folder / "pool" / "manifest.json").read_bytes())["rounds"]
     except FileNotFoundError:
         rounds = []
     except (OSError, ValueError, KeyError, TypeError):
@@ -150,10 +213,10 @@ def _has_samples(folder: Path) -> bool:
 def begun_dtype(folder: Path) -> str | None:
     """The dtype of the weights of the run that a folder holds, such as "bfloat16"; None where there is no run yet."""
     try:
-        dtype = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("dtype")
+        dtype = parsed((folder / "run.json").read_bytes()).get("dtype")
     except (OSError, ValueError, AttributeError):  # a damaged one is `claim`'s to report
         return None
-    return dtype if isinstance(dtype, str) else None
+    return dtype if dtype in ("bfloat16", "float32", "float16") else None
 
 
 def describe(folder: Path, config: dict[str, Any]) -> None:
@@ -185,16 +248,72 @@ def environment() -> dict[str, Any]:
     }
 
 
+def write_marker(checkpoint: Path, marker: dict[str, Any]) -> None:
+    """Writes `complete.json`, which says that all else is there."""
+    marker = finite(marker)
+    write_json(checkpoint / MARKER, {**marker, CHECK: checksum(marker)})
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any] | None:
+    """What `complete.json` holds; None when it was not written, or is damaged."""
+    try:
+        marker = parsed((checkpoint / MARKER).read_bytes())
+        check = marker.pop(CHECK, None)
+        kinds = {"pool_sha256": list, "step": int, "files": dict, "metrics": list, "sums": list}
+        is_whole = all(isinstance(marker[key], kind) for key, kind in kinds.items() if key in marker or key == "step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return marker if is_whole and check in (None, checksum(marker)) else None
+
+
+def file_digests(checkpoint: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint but its marker."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path != checkpoint / MARKER]
+    return {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be gone on with, or None: each of its files is as the run wrote it."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        damaged = (checkpoint / MARKER).is_file()
+        return f"is not whole (its {MARKER} is damaged)" if damaged else "was not finished when its run stopped"
+    written = marker.get("files", {})  # an older version wrote none
+    there = file_digests(checkpoint) if written else {}
+    for name, digest in written.items():
+        if there.get(name) != digest:
+            return f"is not whole (its {name} is {'not what the run wrote' if name in there else 'gone'})"
+    return None
+
+
+def last_whole_checkpoint(folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """(the newest checkpoint whose files are as they were written or None, why each newer or torn one is not it)."""
+    torn = last_checkpoint(folder)[1]
+    wrong = {path: what_is_wrong(path) or "" for path in torn}
+    for path in reversed(_checkpoints(folder)):
+        if path not in wrong:
+            reason = what_is_wrong(path)
+            if reason is None:
+                return path, wrong
+            wrong[path] = reason
+    return None, wrong
+
+
 def last_checkpoint(folder: str | Path) -> tuple[Path | None, list[Path]]:
     """(the newest complete checkpoint or None, the torn ones): a checkpoint is complete when its marker was written."""
+    found = _checkpoints(folder)
+    complete = [path for path in found if read_marker(path) is not None]
+    return (complete[-1] if complete else None), [path for path in found if path not in complete]
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """By their steps."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         if path.is_dir() and number.isdigit():
             found.append((int(number), path))
-    complete = [path for _, path in sorted(found) if (path / MARKER).is_file()]
-    torn = [path for _, path in sorted(found) if not (path / MARKER).is_file()]
-    return (complete[-1] if complete else None), torn
+    return [path for _, path in sorted(found)]
 
 
 class MetricsFile:
@@ -204,17 +323,31 @@ class MetricsFile:
         self.path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every line; the last one of a killed run may be torn, and is left out."""
+        """Every line; the last one of a killed run may be torn, and is left out. Raises: DataError for another."""
         if not self.path.is_file():
             return []
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-        return [line for line in lines if isinstance(line, dict)]
+        whole = self.path.read_bytes().split(b"\n")
+        for number, text in enumerate(whole, 1):
+            if not text.strip():
+                continue
+            try:
+                line = parsed(text)
+                if not isinstance(line, dict):
+                    raise ValueError
+                if not all(isinstance(line.get(name, 0), int) for name in ("round", "step")):
+                    raise ValueError
+                lines.append(line)
+            except ValueError:
+                if number < len(whole):
+                    raise DataError(
+                        f"{self.path}, line {number}, is damaged. Restore the file from a copy; or delete it: the run"
+                        " then goes on, without the figures of what is done."
+                    ) from None
+        return lines
 
-    def keep_until(self, step: int, before_round: int | None = None, measured: bool = True) -> None:
-        """Drops the lines that a run which goes back to the checkpoint of this step writes again.
+    def kept(self, step: int, before_round: int | None = None, measured: bool = True) -> str:
+        """The lines that stay when a run goes back to the checkpoint of this step; it writes the others again.
 
         Args:
             before_round: the round that begins at this step, if one does; its first line has this step too.
@@ -232,12 +365,36 @@ class MetricsFile:
                 return False
             return measured or "loss" in line
 
-        if self.path.is_file():
-            with written_whole(self.path) as temporary:
-                kept = [json.dumps(line) for line in self.lines() if stays(line)]
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return "".join(f"{json.dumps(line)}\n" for line in self.lines() if stays(line))
+
+    def keep_until(
+        self, step: int, before_round: int | None = None, measured: bool = True, digest: Sequence[Any] | None = None
+    ) -> None:
+        """Drops what `kept` leaves out.
+
+        digest: as `kept_digest` gave it when the checkpoint was written; lines may have followed.
+        Raises: DataError when it is another one.
+        """
+        if not self.path.is_file():
+            if digest is not None:
+                warnings.warn(
+                    f"{self.path} is gone: the run goes on without the figures of what is done.", stacklevel=3
+                )
+            return
+        kept = self.kept(step, before_round, measured)
+        if digest is not None and digest[1] != hashlib.sha256(kept[: digest[0]].encode()).hexdigest():
+            raise DataError(
+                f"{self.path} is not the file that the run wrote up to step {step} (its hash differs). Restore it from"
+                " a copy; or delete it: the run then goes on, without the figures of what is done."
+            )
+        with written_whole(self.path) as temporary:
+            temporary.write_text(kept, encoding="utf-8")
+
+    def kept_digest(self, step: int, before_round: int | None = None, measured: bool = True) -> tuple[int, str]:
+        """(the length, the SHA-256) of `kept`."""
+        kept = self.kept(step, before_round, measured)
+        return len(kept), hashlib.sha256(kept.encode()).hexdigest()
 
     def append(self, metrics: dict[str, Any]) -> None:
         # JSON knows no NaN: a loss that is none becomes null
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
+        append_line(self.path, json.dumps(finite(metrics), allow_nan=False))

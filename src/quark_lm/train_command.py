@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import ConfigError, QuarkError
+from .files import first_line
 
 if TYPE_CHECKING:
     from .config import QuarkConfig
@@ -65,6 +66,9 @@ def run(config: Path | None, flags: list[str]) -> None:
 
     Raises: ConfigError when a field is unknown or missing; what `QuarkTrainer` raises.
     """
+    from .processes import first_tells, leave
+    from .run_folder import disk_errors
+
     own, named = read_settings(config, flags)
     missing = [name for name in ("model_name_or_path", "reward_funcs", "prompts") if not own.get(name)]
     if missing:
@@ -80,13 +84,16 @@ def run(config: Path | None, flags: list[str]) -> None:
     check_folder(Path(args.output_dir or "."))
     _check_trackers(args)
     # what the caller's model_init_kwargs say wins
-    args.model_init_kwargs = {"dtype": _dtype(settings, args), **_as_dict(args.model_init_kwargs)}
+    dtype = first_tells(lambda: _dtype(settings, args))  # measured, so that two processes could find two
+    args.model_init_kwargs = {"dtype": dtype, **_as_dict(args.model_init_kwargs)}
     if args.process_index == 0 and sys.stderr.isatty():
         print(f"loading {settings.model_name_or_path} ...", file=sys.stderr, flush=True)
     trainer = _make_trainer(settings, args)
     trainer.add_callback(_writes_yaml({"output_dir": str(trainer.folder), **own, **named}))
     trainer.train()
-    _finish(settings, trainer)
+    with disk_errors(trainer.folder):
+        _finish(settings, trainer)
+    leave()
 
 
 def check_folder(folder: Path) -> None:
@@ -182,8 +189,10 @@ class _Fields:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}). Give a YAML file of fields.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # a tag whose value does not fit raises Python's own errors
+        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is no YAML ({' '.join(str(error).split())}). Mend it there.") from error
+        _check_size(data, path)
         if data is None:
             return {}
         if not isinstance(data, dict):
@@ -265,6 +274,18 @@ class _Fields:
         raise ConfigError(f"{name} in {where} is no field of a run. {advice}")
 
 
+def _check_size(data: Any, path: Path) -> None:
+    """Raises: ConfigError when aliases make a short file grow beyond every use."""
+    left, values = 100_000, [data]
+    while values and left:
+        value = values.pop()
+        left -= 1
+        if isinstance(value, (dict, list, tuple, set)):
+            values += [*value, *value.values()] if isinstance(value, dict) else list(value)
+    if values:
+        raise ConfigError(f"{path} holds more than 100,000 values, aliases counted. Name fewer.")
+
+
 def _first_sentence(member: Any) -> str:
     text = " ".join(str(member.metadata.get("help", "")).split())
     return text.partition(". ")[0].rstrip(".") + "."
@@ -286,12 +307,14 @@ def _quark_config(named: dict[str, Any]) -> QuarkConfig:
 
     # Trainer turns bars off where its library is quiet; the bars here are our own
     named = {"output_dir": "quark_output", "disable_tqdm": False, **named}
+    if str(named.get("fsdp")).lower() == "true":
+        named["fsdp"] = True  # the field takes text as well, of which only older names are known
     try:
         return QuarkConfig(**named)
     except QuarkError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # TrainingArguments' own checks
-        raise ConfigError(f"The settings do not work: {_first_line(error)}") from error
+        raise ConfigError(f"The settings do not work: {first_line(error)}") from error
 
 
 def _check_trackers(args: QuarkConfig) -> None:
@@ -302,12 +325,12 @@ def _check_trackers(args: QuarkConfig) -> None:
         try:
             [callback] = get_reporting_integration_callbacks([name])
         except ValueError as error:
-            raise ConfigError(f"report_to={name}: {_first_line(error)} Choose one of them, or leave it out.") from error
+            raise ConfigError(f"report_to={name}: {first_line(error)} Choose one of them, or leave it out.") from error
         try:
             callback()
         except (RuntimeError, ImportError) as error:
             raise ConfigError(
-                f"report_to={name} cannot be used ({_first_line(error)}). Install what it needs (pip install {name}),"
+                f"report_to={name} cannot be used ({first_line(error)}). Install what it needs (pip install {name}),"
                 " or leave it out."
             ) from error
 
@@ -380,11 +403,14 @@ def _writes_yaml(named: dict[str, Any]) -> Any:
     import yaml
     from transformers import TrainerCallback
 
+    from .files import written_whole
+
     class WritesYaml(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             path = Path(args.output_dir) / "train.yaml"
             if state.is_world_process_zero:  # anew each time: a run may be made longer
-                path.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                with written_whole(path) as temporary:
+                    temporary.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     return WritesYaml()
 
@@ -392,6 +418,7 @@ def _writes_yaml(named: dict[str, Any]) -> Any:
 def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
     """Writes model/ and results.json, and says where they are. Every rank calls it: the measuring is a joint work."""
     from . import export
+    from .processes import first_tells
     from .run_folder import write_json
 
     folder = trainer.folder
@@ -406,12 +433,15 @@ def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
         "steps": trainer.state.global_step,
         "quark_version": __version__,
     }
-    if not _is_done(folder, facts):
+    if not first_tells(lambda: _is_done(folder, facts)):
         results = {**facts, "last_round": _last_round(folder / "metrics.jsonl"), **_held_out(trainer)}
         results["verdict"] = trainer.verdict()
+        if results["verdict"]:  # the prompts are those of `systems`, the completions others
+            results["verdict"]["figures"] = "metrics.jsonl"
+        model = trainer.policy.whole()  # of a sharded model every rank holds a part
         if trainer.is_world_process_zero():
             tokenizer: Any = trainer.processing_class
-            export.save(trainer.model, tokenizer, trainer.reward_tokens, folder / "model", card=results)
+            export.save(model, tokenizer, trainer.reward_tokens, folder / "model", card=results)
             write_json(folder / "results.json", results)
     if trainer.is_world_process_zero():
         _tell(folder)
@@ -419,9 +449,17 @@ def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
 
 def _is_done(folder: Path, facts: dict[str, Any]) -> bool:
     """Whether the same command has finished here before."""
+    from .files import parsed
+
+    path = folder / "results.json"
     try:
-        there = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        there = parsed(path.read_bytes())
+        if not isinstance(there, dict):
+            raise ValueError("it holds no figures")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is damaged ({first_line(error)}), and is measured and written anew.", stacklevel=2)
         return False
     return (folder / "model" / "config.json").is_file() and all(there.get(k) == v for k, v in facts.items())
 
@@ -473,10 +511,9 @@ def _is_told(name: str) -> bool:
 
 def _last_round(path: Path) -> dict[str, Any]:
     """The figures of the last round, all lines of metrics.jsonl together: the later line wins."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError):
-        return {}
+    from .run_folder import MetricsFile
+
+    lines = MetricsFile(path).lines()
     last = max((line["round"] for line in lines if "round" in line), default=0)
     figures: dict[str, Any] = {}
     for line in lines:
@@ -499,11 +536,6 @@ def _scorers(trainer: QuarkTrainer) -> dict[str, dict[str, Any]]:
         if runner is not None
         for name, function in zip(runner.names, runner.functions, strict=True)
     }
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

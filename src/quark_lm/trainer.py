@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import functools
+import os
+import pickle
 import signal
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,23 +32,39 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import loading, measuring, quantiles
+from . import export, loading, measuring, quantiles
 from .collator import Collator, Draw
 from .config import QuarkConfig
-from .errors import ConfigError, DataError, PoolError, RewardError, TrainingError
+from .errors import ConfigError, DataError, GenerationError, ModelError, PoolError, RewardError, TrainingError
 from .exploring import DROPOUT, EVAL, InitialPool, Watch, aside, explored_columns, score
-from .generation import GenerationSettings, complete_all, sample_seeds
+from .generation import Completer, GenerationSettings, complete_all, sample_seeds
 from .generation.hf import HFCompleter
+from .generation.vllm import VLLMColocated, VLLMServer, vllm_completer
 from .loss import LossSettings, quark_loss
-from .packaged import base_name
-from .policy import Policy, causal_lm, check_head, completion_states, disable_dropout
+from .packaged import PACKAGED, base_name
+from .policy import Policy, causal_lm, check_head, completion_states, disable_dropout, local_part
 from .pool import PartialRound, Pool
+from .processes import first_tells, shard_on_cpu
 from .progress import Display, LearnBar
 from .prompts import EncodedPrompts, checked, encode
 from .reward_tokens import RewardTokens
 from .rewards import load_reward
 from .rewards.runner import RewardRunner
-from .run_folder import MARKER, MetricsFile, claim, counting_settings, describe, last_checkpoint, locked, write_json
+from .run_folder import (
+    MARKER,
+    MetricsFile,
+    claim,
+    counting_settings,
+    describe,
+    disk_errors,
+    file_digests,
+    last_whole_checkpoint,
+    locked,
+    read_marker,
+    what_is_wrong,
+    write_json,
+    write_marker,
+)
 from .steering import branches, context_length, eos_ids
 
 if TYPE_CHECKING:
@@ -184,7 +203,7 @@ class QuarkTrainer(Trainer):
         # Trainer then counts the labels of a step, over micro-batches and ranks, and hands the number to compute_loss
         self.model_accepts_loss_kwargs = True
         self.args: QuarkConfig = args
-        self.policy = Policy(self.model)
+        self.policy = Policy(self.model, accelerator=self.accelerator)
         self.loss_settings = LossSettings(
             beta=args.beta,
             kl_direction=args.kl_direction,
@@ -192,6 +211,7 @@ class QuarkTrainer(Trainer):
             mask_reward_tokens=args.mask_reward_tokens,
             barred=self.reward_tokens.barred,
             chunk_elements=args.loss_chunk_elements,
+            temperature=args.temperature or 1.0,  # greedy text is learned as it is
         )
         self.rewards = RewardRunner(
             _reward_functions(reward_funcs, reward_processing_classes),
@@ -202,7 +222,8 @@ class QuarkTrainer(Trainer):
         scorers = _reward_functions(eval_reward_funcs, None)
         self.eval_rewards = RewardRunner(scorers, retries=args.reward_retries) if scorers else None
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        self.completer = HFCompleter(self.model, eos, args.generation_batch_size, autocast)
+        self.hf_completer = HFCompleter(self.model, eos, args.generation_batch_size, autocast)
+        self.completer: Completer = self.hf_completer
         self.generation_settings = GenerationSettings(
             max_completion_length=args.max_completion_length,
             min_completion_length=args.min_completion_length,
@@ -216,12 +237,30 @@ class QuarkTrainer(Trainer):
         self.pool_folder = self.folder / "pool"
         self.metrics_file = MetricsFile(self.folder / "metrics.jsonl")
         self.display = Display(self.is_world_process_zero(), bars=not args.disable_tqdm)
+        self.vllm: VLLMColocated | VLLMServer | None = None
+        if args.use_vllm:
+            if self.is_fsdp_enabled:
+                raise ConfigError(
+                    "use_vllm=True saves the policy for vLLM, and FSDP gives each process a part of it. Use DDP, or"
+                    " leave use_vllm out."
+                )
+            name = base_name(self.model)
+            dtype = autocast or causal_lm(self.model).dtype
+            self.vllm = self.completer = vllm_completer(
+                args,
+                eos,
+                dtype=dtype,
+                num_processes=self.accelerator.num_processes,
+                # the base has no rows for new reward tokens
+                served=() if self.reward_tokens.barred or name in ("", PACKAGED) else (name,),
+                tell=self.display.line,
+            )
         self.pool: Pool | None = None
         self.draws: list[Draw] = []
         self.round_metrics: dict[str, Any] = {}
         self.interrupted = False
         self._trains = self._is_finished = self._stops_early = False
-        self._failed: RewardError | None = None  # of a round's last measurements
+        self._failed: RewardError | GenerationError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
         self._owed: int | None = None  # the round whose last measurements a stopped run did not make
         # since the last line of metrics: NLL, KL, entropy, tokens, loss, steps
@@ -259,7 +298,7 @@ class QuarkTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         PartialRound.remove(self.pool_folder, round, self.accelerator.process_index)
         if not self.is_world_process_zero():
-            self.pool = Pool.open(self.pool_folder)
+            pool.catch_up()
 
     def complete(
         self,
@@ -279,11 +318,15 @@ class QuarkTrainer(Trainer):
         kept: where batches are kept as they come; what it holds already is not sampled again.
         Raises: KeyboardInterrupt when the run was told to stop.
         """
+        # vLLM knows no dial; the model is here as well
+        completer = self.hf_completer if strength != 1.0 else self.completer
+        if completer is self.vllm:
+            self._give_weights()
         conditioned, contrast = branches(self.reward_tokens, prompts, quantile, with_contrast=strength != 1.0)
         done = dict(kept.completions) if kept is not None else {}
         with self.policy.evaluating(), self.display.bar(verb, len(prompts), "samples") as advance:
             advance(len(done))
-            batches = self.completer.complete(
+            batches = completer.complete(
                 conditioned,
                 seeds,
                 settings or self.generation_settings,
@@ -296,16 +339,36 @@ class QuarkTrainer(Trainer):
         self.stop_together(f"during {verb}{num}")
         return [done.get(i, completion) for i, completion in enumerate(completions)]
 
+    def _give_weights(self) -> None:
+        """Gives vLLM the policy's weights when they have changed since; every rank calls it at the same place."""
+        assert self.vllm is not None
+        step = self.state.global_step if self._trains else None  # outside train() the caller may have changed them
+        if step is not None and self.vllm.holds == step:
+            return
+        folder = self.folder / "vllm"
+        self.accelerator.wait_for_everyone()  # no rank still samples from the weights before
+        if self.is_world_process_zero() and self.vllm.needs_checkpoint and (step is None or self.vllm.saved != step):
+            export.save(self.model, self.processing_class, self.reward_tokens, folder)
+        self.accelerator.wait_for_everyone()
+        with aside(self.args.seed):  # a vLLM in this process seeds its random numbers
+            version = f"{folder.resolve()} step {self.state.global_step}"
+            self.vllm.load(folder, version, self.model, first=self.is_world_process_zero())
+        self.accelerator.wait_for_everyone()
+        self.vllm.holds = self.vllm.saved = step
+
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within it, `complete` samples the original model in place of the policy."""
+        """Within it, `complete` samples the original model in place of the policy, always in this process."""
+        completer, hf = self.completer, self.hf_completer
         with self.policy.reference() as (reference, head):
-            before = self.completer.model, self.completer.head
-            self.completer.model, self.completer.head = reference, head
+            before = hf.model, hf.head
+            hf.model, hf.head = reference, head
+            self.completer = hf
             try:
                 yield
             finally:
-                self.completer.model, self.completer.head = before
+                hf.model, hf.head = before
+                self.completer = completer
 
     def _check_rewards(self, round: int, rewards: list[float | None]) -> None:
         dropped = sum(r is None for r in rewards)
@@ -372,6 +435,11 @@ class QuarkTrainer(Trainer):
 
     # -- learn
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     def get_train_dataloader(self) -> DataLoader:
         """Reads the current round's draws in order; Accelerate gives each rank its batches."""
         loader = DataLoader(_Draws(self), batch_size=self._train_batch_size, collate_fn=self.data_collator)
@@ -385,14 +453,17 @@ class QuarkTrainer(Trainer):
     ) -> Any:
         """One mean over all completion tokens of the step: NLL + beta x KL - entropy_coef x entropy, in nats."""
         denominator = len(inputs["targets"]) if num_items_in_batch is None else num_items_in_batch
-        loss, sums = model(inside=self._loss_inside, batch=inputs, denominator=denominator)
-        self._sums[:5] += torch.cat([sums, loss.detach().float()[None]]).cpu().double()
+        # out of the wrapper's sight: FSDP under bfloat16 would round what the forward gives
+        told: list[torch.Tensor] = []
+        loss = model(inside=functools.partial(self._loss_inside, told), batch=inputs, denominator=denominator)
+        self.policy.let_reference_go()
+        self._sums[:5] += told[0].cpu().double()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the wrapper averages the ranks' gradients
         return (loss, {}) if return_outputs else loss
 
-    def _loss_inside(self, batch: dict[str, torch.Tensor], denominator: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, sums (4,): NLL, KL, entropy, tokens); called within the wrapped model's forward."""
+    def _loss_inside(self, told: list[torch.Tensor], batch: dict[str, torch.Tensor], denominator: Any) -> torch.Tensor:
+        """The loss; called within the wrapped model's forward. Adds (5,): NLL, KL, entropy, tokens, loss to `told`."""
         reference_hidden, reference_head = None, self.policy.head
         if self.args.beta:
             with self.policy.reference() as (reference, reference_head):
@@ -409,7 +480,8 @@ class QuarkTrainer(Trainer):
             denominator,
         )
         tokens = torch.tensor(sums.num_tokens, device=hidden.device, dtype=torch.float32)
-        return sums.loss, torch.stack([sums.nll, sums.kl, sums.entropy, tokens])
+        told.append(torch.stack([sums.nll, sums.kl, sums.entropy, tokens, sums.loss.detach().float()]))
+        return sums.loss
 
     def check_finite(self) -> None:
         """Stops every rank before the optimizer takes a step with a loss or a gradient that is not finite.
@@ -418,7 +490,8 @@ class QuarkTrainer(Trainer):
         """
         finite = bool(torch.isfinite(self._sums[4]))
         if finite and not self.args.fp16:  # fp16's scaler has infinite gradients now and then, and skips them
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            # a rank's own part of sharded ones: their norm would wait for a rank whose loss is not finite
+            gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
             finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
         if self.accelerator.num_processes > 1:
             finite = bool(self.accelerator.reduce(torch.tensor(float(not finite), device=self.args.device)) == 0)
@@ -552,15 +625,24 @@ class QuarkTrainer(Trainer):
         """
         with locked(self.folder) if self.is_world_process_zero() else contextlib.nullcontext():
             if resume_from_checkpoint is None or resume_from_checkpoint is True:
-                newest, torn = last_checkpoint(self.folder)
-                for path in torn:
-                    warnings.warn(f"{path} was not finished when its run stopped, and is not used.", stacklevel=2)
+                newest, wrong = first_tells(lambda: last_whole_checkpoint(self.folder))
+                for path, why in wrong.items():
+                    warnings.warn(f"{path} {why}, and is not used.", stacklevel=2)
                 resume_from_checkpoint = str(newest) if newest else False
-            self._check_pool(resume_from_checkpoint)
-            self._go_on_from(resume_from_checkpoint)
+            elif resume_from_checkpoint and (reason := what_is_wrong(Path(resume_from_checkpoint))):
+                if not (Path(resume_from_checkpoint) / MARKER).is_file():
+                    reason = f"has no {MARKER}, so it is not Quark's or was not finished"
+                raise ModelError(f"{resume_from_checkpoint} {reason}. Give another checkpoint, or none for the newest.")
+            if resume_from_checkpoint:
+                self._check_sharding(Path(resume_from_checkpoint))
+            with disk_errors(self.folder):
+                self._check_pool(resume_from_checkpoint)
+                self._go_on_from(resume_from_checkpoint)
             self._trains, self._failed = True, None
+            if self.vllm is not None:
+                self.vllm.holds = self.vllm.saved = None  # the weights become those of the checkpoint
             try:
-                with self._signals():
+                with self._signals(), disk_errors(self.folder), _no_pickles(resume_from_checkpoint):
                     output = super().train(resume_from_checkpoint or None, *args, **kwargs)
                     if self._failed is not None:
                         raise self._failed
@@ -576,23 +658,23 @@ class QuarkTrainer(Trainer):
         args = self.args
         marker: dict[str, Any] = {"step": -1}
         if checkpoint:
-            path = Path(checkpoint) / MARKER
-            marker = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            marker.setdefault("step", int(Path(checkpoint).name.split("-")[-1]))
+            told = read_marker(Path(checkpoint))
+            assert told is not None  # `train` takes no other checkpoint
+            marker = told
         step, measured = marker["step"], marker.get("measured", True)
         round, inside = divmod(step, args.steps_per_round)
         self._owed = round - 1 if checkpoint and not inside and not measured else None
         self._sums.zero_()
         if self.is_world_process_zero():
             self._sums += torch.tensor(marker.get("sums", [0.0] * 6), dtype=torch.float64)
-            self.metrics_file.keep_until(step, None if inside else round, measured or bool(inside))
+            before = None if inside else round
+            self.metrics_file.keep_until(step, before, measured or bool(inside), marker.get("metrics"))
         else:  # the steps are counted by each rank, the rest was summed up over all
             self._sums[5] = marker.get("sums", [0.0] * 6)[5]
         if checkpoint:
             max_steps = args.num_rounds * args.steps_per_round
-            last = {
-                k: v for line in self.metrics_file.lines() if line.get("round") == round - 1 for k, v in line.items()
-            }
+            lines = first_tells(self.metrics_file.lines)  # which rank 0 has just cut
+            last = {k: v for line in lines if line.get("round") == round - 1 for k, v in line.items()}
             if marker.get("stops_early") or (self._owed is not None and self._nothing_new(last)):
                 max_steps = step  # the run ended here: what is left is to measure it
                 args.num_train_epochs = round
@@ -644,14 +726,24 @@ class QuarkTrainer(Trainer):
             "initial_pool": told(self.initial_pool.told) if self.initial_pool is not None else None,
         }
 
+    def _check_sharding(self, checkpoint: Path) -> None:
+        """Raises: ConfigError for a checkpoint whose optimizer only the other kind of run can read."""
+        sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+        if sharded != self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{checkpoint} was written {'with' if sharded else 'without'} FSDP, and this run goes"
+                f" {'without' if sharded else 'with'} it, so that it could not read the optimizer's state. Go on as the"
+                " run was begun."
+            )
+
     def _check_pool(self, checkpoint: str | Literal[False]) -> None:
         """Raises: PoolError when the pool on disk is not as the run wrote it, or not the one of the checkpoint."""
         pool = self.open_pool()
         if self.is_world_process_zero():
             pool.verify()
-        marker = Path(checkpoint) / MARKER if checkpoint else None
-        if marker is not None and marker.is_file():
-            saw = json.loads(marker.read_text(encoding="utf-8"))["pool_sha256"]
+        marker = read_marker(Path(checkpoint)) if checkpoint else None
+        if marker is not None:
+            saw = marker.get("pool_sha256", [])
             if pool.hashes()[: len(saw)] != saw:
                 raise PoolError(
                     f"{checkpoint} saw another pool than the one in {pool.folder}, so its next losses would be of other"
@@ -663,8 +755,13 @@ class QuarkTrainer(Trainer):
         """The first SIGINT or SIGTERM asks to stop, the second one stops at once."""
         self.interrupted = False
 
+        came: list[float] = []
+
         def ask(number: int, frame: Any) -> None:
-            if self.interrupted:
+            came.append(time.monotonic())
+            # torchrun hands on what the terminal or the scheduler has sent to every process already
+            again = self.accelerator.num_processes == 1 or came[-1] - came[0] > 5
+            if self.interrupted and again:
                 raise KeyboardInterrupt
             self.interrupted = True
             self.display.line("Stopping as soon as what is under way is saved. Once more stops at once.")
@@ -684,7 +781,9 @@ class QuarkTrainer(Trainer):
         """Whether any rank was asked to stop: all then stop at the same place, or the others would wait for it."""
         if self.accelerator.num_processes > 1:
             asked = torch.tensor(float(self.interrupted), device=self.args.device)
-            self.interrupted = bool(self.accelerator.reduce(asked) > 0)
+            agreed = bool(self.accelerator.reduce(asked) > 0)
+            self.interrupted |= agreed  # a signal that came during the reduce is for the next time
+            return agreed
         return self.interrupted
 
     def stop_together(self, when: str) -> None:
@@ -701,11 +800,10 @@ class QuarkTrainer(Trainer):
             self.log(dict(figures))
         if self.eval_prompts is not None and args.eval_every and (round + 1) % args.eval_every == 0:
             self.evaluate()
-            if (
-                self.is_world_process_zero()
-            ):  # Trainer then keeps that round's checkpoint, whatever save_total_limit says
-                names = self.eval_rewards.names if self.eval_rewards else ()
-                self.state.best_global_step = measuring.best_step(self.metrics_file.lines(), names)
+            names = self.eval_rewards.names if self.eval_rewards else ()
+            # Trainer then keeps that round's checkpoint, whatever save_total_limit says; it also waits for all ranks
+            # when there is one, so that all must know it
+            self.state.best_global_step = first_tells(lambda: measuring.best_step(self.metrics_file.lines(), names))
         self._measured_at = self.state.global_step
         self.display.round_line(round, args.num_rounds, self.round_metrics)
         measuring.warn_of_meaning(self, round, figures)
@@ -716,13 +814,21 @@ class QuarkTrainer(Trainer):
                 " quantile of the rounds before, so the next ones would learn nothing new (early_stop)."
             )
 
+    def metrics_digest(self, measured: bool) -> list[Any]:
+        """The length and SHA-256 of those lines of metrics.jsonl that stay when the run goes on from this step."""
+        step = self.state.global_step
+        round, inside = divmod(step, self.args.steps_per_round)
+        return list(self.metrics_file.kept_digest(step, None if inside else round, measured or bool(inside)))
+
     def _nothing_new(self, figures: dict[str, Any]) -> bool:
         return bool(self.args.early_stop) and figures.get("share_above_best") == 0.0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.reward_tokens.save(output_dir or cast(str, self.args.output_dir))
+            folder = Path(output_dir or cast(str, self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)  # FSDP's sharded checkpoints come later than this
+            self.reward_tokens.save(folder)
 
 
 class _Draws(Dataset):
@@ -754,13 +860,14 @@ class _Rounds(TrainerCallback):
             round, trainer._owed = trainer._owed, None
             trainer.quantize(round)
             trainer.round_metrics = {}
-            for line in trainer.metrics_file.lines():
+            for line in first_tells(trainer.metrics_file.lines):
                 trainer.round_metrics |= line if line.get("round") == round else {}
             trainer.finish_round(round)
-            marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER
-            if trainer.is_world_process_zero() and marker.is_file():
-                told = json.loads(marker.read_text(encoding="utf-8"))
-                write_json(marker, {**told, "measured": True, "stops_early": trainer._stops_early})
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            told = read_marker(path)
+            if trainer.is_world_process_zero() and told is not None:
+                measured = {"measured": True, "stops_early": trainer._stops_early}
+                write_marker(path, {**told, **measured, "metrics": trainer.metrics_digest(measured=True)})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -808,7 +915,7 @@ class _Rounds(TrainerCallback):
                 raise  # a second Ctrl-C, which stops at once
             # the round's learning is saved; what was not measured will be when the run goes on
             control.should_save = control.should_training_stop = True
-        except RewardError as failed:
+        except (RewardError, GenerationError) as failed:
             if trainer.accelerator.num_processes > 1:
                 raise  # the other ranks do not know of it
             trainer._failed = failed  # raised when the round's learning is saved
@@ -834,7 +941,9 @@ class _Rounds(TrainerCallback):
                 "base": base_name(trainer.model),
                 "sums": sums,
             }
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER, marker)
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            marker["metrics"] = trainer.metrics_digest(marker["measured"])
+            write_marker(path, {**marker, "files": file_digests(path)})
 
 
 # -- helpers
@@ -850,11 +959,52 @@ def _check_hardware(args: QuarkConfig) -> None:
             " to use all.",
             stacklevel=3,
         )
-    if args.fsdp or args.deepspeed:
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
-            "FSDP and DeepSpeed split the model's weights, of which Quark's reference would see a part. Use DDP"
-            " (torchrun), with an adapter where memory is short."
+            "DeepSpeed is not supported: Quark's loss reads the head's weights in chunks, which ZeRO-3 takes apart. Use"
+            " FSDP2, which splits weights, gradients and optimizer alike (--accelerate fsdp2)."
         )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _check_fsdp(args.fsdp_plugin_args or {})
+
+
+def _check_fsdp(named: dict[str, Any]) -> None:
+    """named: what fsdp_config says; the rest stands in the environment, where accelerate launch puts its own."""
+
+    def told(name: str, default: str) -> str:
+        return str(named.get(name, os.environ.get(f"FSDP_{name.removeprefix('fsdp_')}".upper(), default))).lower()
+
+    if told("fsdp_version", "1") != "2":
+        raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, or use --accelerate fsdp2.")
+    if "true" in (told("cpu_offload", "false"), told("offload_params", "false")):
+        raise ConfigError(
+            "FSDP would keep the weights on the CPU, where Quark would look for the model. Set fsdp_offload_params:"
+            " false; with an adapter (use_peft) less memory is needed."
+        )
+    if told("cpu_ram_efficient_loading", "false") == "true":
+        raise ConfigError(
+            "FSDP would load the weights on the first process alone, and Quark looks at them on each. Set"
+            " fsdp_cpu_ram_efficient_loading: false."
+        )
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ConfigError(
+            "FSDP splits a model between processes, and this process is alone. Start several by --accelerate fsdp2 or"
+            " by torchrun, or leave fsdp out."
+        )
+
+
+@contextlib.contextmanager
+def _no_pickles(checkpoint: str | Literal[False]) -> Iterator[None]:
+    """Within it, a checkpoint that holds more than tensors is one clear error. Raises: ModelError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        if not checkpoint:  # somebody else's, such as a callback's
+            raise
+        raise ModelError(
+            f"A file in {checkpoint} is damaged or holds other things than tensors, and was not loaded: unpickling can"
+            " run a stranger's code. Delete that checkpoint: the run goes on from the one before."
+        ) from error
 
 
 def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callable[..., Any]]:

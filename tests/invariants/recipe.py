@@ -1,19 +1,22 @@
 """One small run, made in every way that must give the same losses; also the script that the DDP processes run.
 
 A run learns two rounds of three steps: round 0 from a user's own scored data, round 1 from what the policy explores
-with the dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json; a
-name that ends in "-stopped" is stopped after two steps and resumed.
+with the dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json. A
+case's name may be followed by ways to run it: ".fsdp" (FSDP2; those come last, for Accelerate keeps to it), ".parts"
+(no rank gathers the whole model to explore), ".sharded" (checkpoints in parts), ".stopped" (after two steps, and
+resumed), ".few" (fewer prompts than processes).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from peft import LoraConfig
 from tiny import TINY_MODELS, tiny_tokenizer
 from transformers import TrainerCallback
 
-from quark_lm import QuarkConfig, QuarkTrainer
+from quark_lm import QuarkConfig, QuarkTrainer, policy
 
 STEPS_PER_ROUND, NUM_ROUNDS, BATCH = 3, 2, 8
 SEED = 7
@@ -61,6 +64,15 @@ CASES = {
 def reward(completions: list[str], **kwargs: Any) -> list[float]:
     """A value of its own for almost every text, the same in every process."""
     return [zlib.crc32(completion.encode()) / 2**32 for completion in completions]
+
+
+def mortal_reward(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """As `reward`; after the second round it kills the second process, if the file that MORTAL names is not there."""
+    path = Path(os.environ.get("MORTAL", "/"))
+    if not path.exists() and os.environ.get("RANK") == "1" and trainer_state.global_step > 3:
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reward(completions)
 
 
 def scored_data() -> dict[str, list[Any]]:
@@ -138,11 +150,46 @@ class StopAt(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
+# two prompts, so that two of four processes have nothing to explore
+FEW = {"prompts_per_round": 2, "meaning_rows": 8}
+
+
+def changes_of(ways: list[str]) -> dict[str, Any]:
+    """The settings of a run in these ways."""
+    changes: dict[str, Any] = dict(FEW) if "few" in ways else {}
+    if "fsdp" in ways:
+        kind = "SHARDED_STATE_DICT" if "sharded" in ways else "FULL_STATE_DICT"
+        changes |= {"fsdp": True, "fsdp_config": {"state_dict_type": kind}}
+    return changes
+
+
+def kept_here(model: torch.nn.Module) -> float:
+    """The share of the model's numbers that this process holds."""
+    parameters = list(model.parameters())
+    return sum(policy.local_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+
+
+class Watched(policy.Joint):
+    """Tells at its end how the model was run."""
+
+    told: ClassVar[set[str]] = set()
+
+    def let_go(self) -> None:
+        self.told |= {"whole"} if self.whole else set()
+        self.told |= {"parts"} if self.parts else set()
+        super().let_go()
+
+
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    share, policy.Joint = policy._WHOLE_SHARE, Watched
     for name in names:
-        case, changes = CASES[name.removesuffix("-stopped")], {"per_device_train_batch_size": BATCH // 2}
-        if name.endswith("-stopped"):
+        case, *ways = name.split(".")
+        case, changes = CASES[case], changes_of(ways)
+        changes["per_device_train_batch_size"] = BATCH // int(os.environ["WORLD_SIZE"])
+        policy._WHOLE_SHARE = 0.0 if "parts" in ways else share
+        Watched.told = set()
+        if "stopped" in ways:
             stopped = trainer(folder / name, case, **changes)
             if stopped.args.process_index == 1:  # one rank alone is told to stop
                 stopped.add_callback(StopAt(2))
@@ -152,9 +199,15 @@ def main(folder: Path, names: list[str]) -> None:
                 assert stopped.state.global_step == 2
         made = trainer(folder / name, case, **changes)
         made.train()
+        whole = made.policy.whole()
+        told = {"losses": losses(made), "processes": made.accelerator.num_processes, "explored": sorted(Watched.told)}
+        told["kept"] = kept_here(made.model)
+        if made.policy._copy is not None:
+            told["reference_kept"] = kept_here(made.policy._copy)
         if made.is_world_process_zero():
-            told = {"losses": losses(made), "processes": made.accelerator.num_processes}
             (folder / f"{name}.json").write_text(json.dumps(told))
+            torch.save(whole.state_dict(), folder / f"{name}.pt")
+    torch.distributed.barrier()  # no rank may leave while another still waits for it in gloo
     torch.distributed.destroy_process_group()
 
 

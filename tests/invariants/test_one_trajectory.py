@@ -26,7 +26,11 @@ from quark_lm import Pool, RewardTokens, quantiles
 from quark_lm.exploring import DROPOUT
 
 ROOT = Path(__file__).parents[2]
-STOPPED = "gpt2-untied-stopped"
+STOPPED = "gpt2-untied.stopped"
+FSDP = ["gpt2-tied.fsdp", "gpt2-untied.fsdp", "llama-tied.fsdp", "gpt2-untied-lora.fsdp", "llama-tied-lora.fsdp"]
+FSDP += ["llama-untied.fsdp.parts", "gpt2-untied-lora.fsdp.parts"]
+FSDP += ["gpt2-untied.fsdp.stopped", "llama-tied.fsdp.sharded.stopped", "llama-tied-lora.fsdp.stopped"]
+FOUR = ["llama-tied.fsdp.parts.few", "gpt2-tied.fsdp.few"]
 
 # eight prompts hold out too few rows to tell, and six steps teach the tokens nothing
 pytestmark = pytest.mark.filterwarnings("ignore:Too few samples are held out", "ignore:The reward tokens")
@@ -43,38 +47,46 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
-    def run(name):
-        trainer = recipe.trainer(folder / name, CASES[name])
+    def run(name, few=False):
+        trainer = recipe.trainer(folder / f"{name}-{few}", CASES[name], **(recipe.FEW if few else {}))
         trainer.train()
-        return recipe.losses(trainer), Pool.open(folder / name), trainer.model.state_dict()
+        return recipe.losses(trainer), Pool.open(trainer.folder), trainer.model.state_dict()
 
     return run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ddp(tmp_path_factory):
-    """Two gloo processes that run all cases beside the other tests; gives (folder, function that waits for them)."""
-    folder = tmp_path_factory.mktemp("ddp")
-    environment = {
+def started(tmp_path_factory):
+    """Two and four gloo processes that run cases beside the other tests; gives functions that wait for them."""
+    waits, processes = {}, []
+    for num, names in ((2, [*CASES, STOPPED, *FSDP]), (4, FOUR)):
+        folder = tmp_path_factory.mktemp(f"processes-{num}")
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", "--rdzv-backend=c10d"]
+        command += ["--rdzv-endpoint=localhost:0", "--local-addr=localhost", recipe.__file__, str(folder), *names]
+        with (folder / "log.txt").open("w") as log:
+            process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        processes.append(process)
+        waits[num] = functools.partial(wait, process, folder)
+    yield waits
+    for process in processes:
+        process.terminate()  # not kill, which would leave torchrun's workers behind
+        process.wait()
+
+
+def wait(process, folder):
+    assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-6000:]
+    return folder
+
+
+def environment():
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONFAULTHANDLER": "1",  # a rank that aborts says where
+        "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "--local-addr=localhost", recipe.__file__, str(folder), *CASES, STOPPED]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-
-            def wait():
-                assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()
-                return folder
-
-            yield wait
-        finally:
-            process.terminate()  # not kill, which would leave torchrun's workers behind
-            process.wait()
 
 
 @functools.cache
@@ -191,18 +203,38 @@ def test_dropout_was_on_in_the_test_above(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(name, runs, ddp):
-    folder = ddp()
+def test_two_processes_are_one(name, runs, started):
+    folder = started[2]()
     told = loads((folder / f"{name}.json").read_text())
     losses, pool, _ = runs(name)
     assert told["processes"] == 2
+    assert told["kept"] == 1
     assert equal(told["losses"], losses)
     assert samples(Pool.open(folder / name)) == samples(pool)  # they explored the same, too
 
 
-def test_when_one_of_two_processes_is_told_to_stop_both_do_and_the_run_goes_on(runs, ddp):
-    told = loads((ddp() / f"{STOPPED}.json").read_text())
+def test_when_one_of_two_processes_is_told_to_stop_both_do_and_the_run_goes_on(runs, started):
+    told = loads((started[2]() / f"{STOPPED}.json").read_text())
     assert equal(told["losses"], runs("gpt2-untied")[0])
+
+
+@pytest.mark.parametrize(("num", "name"), [(2, name) for name in FSDP] + [(4, name) for name in FOUR])
+def test_a_model_in_parts_is_one_model(num, name, runs, started):
+    folder = started[num]()
+    case, *ways = name.split(".")
+    told = loads((folder / f"{name}.json").read_text())
+    losses, pool, weights = runs(case, "few" in ways)
+    assert told["processes"] == num
+    assert told["kept"] < 1.1 / num  # in parts it is, at the end and for the reference, too
+    assert told.get("reference_kept", 0) < 1.1 / num
+    assert told["explored"] == ["parts" if "parts" in ways else "whole"]
+    assert equal(told["losses"], losses)
+    assert samples(Pool.open(folder / name)) == samples(pool)
+    # what is saved in the end is the whole model, on the first process
+    saved = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert saved.keys() == weights.keys()
+    for key, weight in weights.items():
+        assert torch.allclose(saved[key], weight, rtol=0, atol=2e-6), key
 
 
 def samples(pool):

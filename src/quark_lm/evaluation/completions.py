@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from ..pool import written_whole
+from ..files import first_line, numbered_lines, parsed, written_whole
 from ..prompts import flat, is_conversational
 
 _METADATA = b"quark"
@@ -122,11 +122,11 @@ def read_completions(path: str | Path) -> CompletionSet:
     if ending == ".parquet":
         try:
             table = pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}). Copy or make it again.") from error
-        if _METADATA in (table.schema.metadata or {}):
-            return _own(table, path)
-        return _others(enumerate(table.to_pylist(), 1), path, "row")
+            table.validate(full=True)
+            rows = None if _METADATA in (table.schema.metadata or {}) else table.to_pylist()
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+            raise DataError(f"{path} cannot be read ({first_line(error)}). Copy or make it again.") from error
+        return _own(table, path) if rows is None else _others(enumerate(rows, 1), path, "row")
     if ending == ".jsonl":
         return _others(_json_lines(path), path, "line")
     if ending == ".json":
@@ -152,11 +152,18 @@ def _own(table: pa.Table, path: Path) -> CompletionSet:
         first[prompt_of[::-1]] = np.arange(len(prompt_of))[::-1]  # the first row of each prompt
         if (first < 0).any():
             raise ValueError(f"prompt {int(np.argmin(first))} has no row")
+        if (prompt_of < 0).any():
+            raise ValueError("a prompt's number is below 0")
+        if not all(isinstance(text, str) for name in ("prompt", "completion") for text in data[name]):
+            raise ValueError("a text is missing")
+        facts = parsed(table.schema.metadata[_METADATA])
+        if not isinstance(facts, dict) or not isinstance(facts.get("made", {}), dict):
+            raise ValueError("its settings are no settings")
         texts = [data["prompt"][row] for row in first]
         messages = data.get("messages")
         return CompletionSet(
             prompts=[
-                texts[p] if messages is None or messages[row] is None else json.loads(messages[row])
+                texts[p] if messages is None or messages[row] is None else parsed(messages[row])
                 for p, row in enumerate(first)
             ],
             texts=texts,
@@ -178,23 +185,22 @@ def _own(table: pa.Table, path: Path) -> CompletionSet:
             },
             nll=np.array(data["nll"], dtype=np.float64) if "nll" in data else None,
             nll_tokens=np.array(data["nll_tokens"], dtype=np.int64) if "nll_tokens" in data else None,
-            facts=json.loads(table.schema.metadata[_METADATA]),
+            facts=facts,
         )
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Copy it again, or evaluate again.") from error
+    except (KeyError, IndexError, ValueError, TypeError, OverflowError, MemoryError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({first_line(error)}). Copy it again, or evaluate again.") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}). Give a JSONL file in UTF-8.") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}, is no JSON ({error}). Mend it, or leave it out.") from error
+    for number, line in lines:
+        try:
+            yield number, parsed(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}, is no JSON ({error}). Mend it, or leave it out.") from error
 
 
 def _others(rows: Iterator[tuple[int, Any]] | Any, path: Path, unit: str) -> CompletionSet:
@@ -245,6 +251,8 @@ def _prompt_and_completions(row: Any, where: str) -> tuple[Any, list[str]]:
             ' {"prompt": "...", "completion": "..."} or {"prompt": "...", "generations": ["...", ...]}.'
         )
     prompt = flat(row["prompt"])
+    if not _can_be_written(prompt):
+        prompt = None  # half a character, which no model reads
     if not (isinstance(prompt, str) or (is_conversational(prompt) and all(isinstance(m, dict) for m in prompt))):
         raise DataError(f"{where}, has a prompt that is neither text nor messages ({prompt!r:.60}). Mend it.")
     given = row["generations"] if "generations" in row else [row["completion"]]
@@ -259,7 +267,16 @@ def _text(completion: Any) -> str | None:
         completion = completion[-1].get("content") if completion and isinstance(completion[-1], dict) else None
     elif isinstance(completion, dict):
         completion = completion.get("text")
-    return completion if isinstance(completion, str) else None
+    return completion if isinstance(completion, str) and _can_be_written(completion) else None
+
+
+def _can_be_written(data: Any) -> bool:
+    """Whether no text in it has half of a pair of code units, which UTF-8 knows not."""
+    try:
+        json.dumps(data, ensure_ascii=False, default=str).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 # What is done so far

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..pool import written_whole
+from ..files import written_whole
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#6a994e", "#6d597a")  # told apart by the common kinds of colour blindness
 

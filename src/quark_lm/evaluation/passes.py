@@ -113,8 +113,9 @@ def generate(
         parts / "generate.jsonl",
         lambda: {"batch_rows": completer.batch_rows or completer.fitting_rows(conditioned, settings)},
     )
-    completer.batch_rows = journal.begun["batch_rows"]
-    drawn = _drawn(journal)
+    with journal.reading():
+        completer.batch_rows = int(journal.begun["batch_rows"])
+        drawn = _drawn(journal)
     with display.bar("generate", len(index), "completions") as advance:
         advance(len(drawn))
         batches = completer.complete(
@@ -222,9 +223,10 @@ def score(completions: CompletionSet, scorer: Scorer, parts: Path, display: Disp
     key = hashlib.sha256(f"{scorer.spec} {scorer.version}".encode()).hexdigest()[:12]
     journal = Journal(parts / f"score-{key}.jsonl", lambda: {"scorer": scorer.spec, "version": scorer.version})
     values = np.full(len(completions), np.nan)
-    for line in journal.lines:
-        values[line["start"] : line["start"] + len(line["values"])] = line["values"]
-    done = {line["start"] for line in journal.lines}
+    with journal.reading():
+        for line in journal.lines:
+            values[line["start"] : line["start"] + len(line["values"])] = line["values"]
+        done = {line["start"] for line in journal.lines}
     with display.bar(f"score {scorer.name}", len(completions), "completions") as advance:
         for start in range(0, len(completions), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(completions)))
@@ -295,9 +297,10 @@ def read_by(
     journal = Journal(
         parts / f"evaluator-{weights_digest(model)}.jsonl", lambda: {"evaluator": evaluator.name, "ids": keeps_ids}
     )
-    for line in journal.lines:
-        nll[rows[line["start"] : line["start"] + len(line["nll"])]] = line["nll"]
-    done = {line["start"] for line in journal.lines}
+    with journal.reading():
+        for line in journal.lines:
+            nll[rows[line["start"] : line["start"] + len(line["nll"])]] = line["nll"]
+        done = {line["start"] for line in journal.lines}
 
     def total(contexts: list[list[int]], targets: list[list[int]]) -> NDArray[np.float64]:
         return -completion_log_probs(model, head, contexts, targets, 0, barred)  # padding is masked: any id serves
@@ -409,7 +412,8 @@ def follow(
     head, device = Head(asked.model), next(asked.model.parameters()).device
     rows = sorted((i for i, ids in enumerate(gold) if ids), key=lambda i: -len(conditioned[i]) - len(gold[i]))
     journal = Journal(parts / "references.jsonl")
-    done = {line["start"] for line in journal.lines}
+    with journal.reading():
+        done = {line["start"] for line in journal.lines}
     with display.bar("references", len(rows), "texts") as advance, torch.no_grad():
         for start in range(0, len(rows), _TEXTS):
             chunk = rows[start : start + _TEXTS]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..progress import printable
+from ..shown import printable
 from .tasks import TASKS
 
 
@@ -51,7 +51,8 @@ def show_evaluation(console: Console, results: dict[str, Any], folder: Path) -> 
         table.add_row(label, str(cell) if isinstance(cell, int) else _cell(cell, form))
     console.print(table)
     _print_notes(console, results, counts, results["notes"])
-    console.print(f"Figures in {folder / 'results.json'}, texts and scores in completions.parquet.", highlight=False)
+    told = f"Figures in {folder / 'results.json'}, texts and scores in completions.parquet."
+    console.print(printable(told), markup=False, highlight=False)
 
 
 def show_dial(console: Console, results: dict[str, Any], folder: Path) -> None:
@@ -88,7 +89,8 @@ def show_dial(console: Console, results: dict[str, Any], folder: Path) -> None:
     if names:
         console.print(f"Scores are means; % wanted is by {escape(printable(names[-1]))}.", highlight=False)
     _print_notes(console, results, counts, [note for point in curve for note in point["notes"]])
-    console.print(f"The curve is in {folder / 'dial.json'} and dial.png.", highlight=False)
+    told = f"The curve is in {folder / 'dial.json'} and dial.png."
+    console.print(printable(told), markup=False, highlight=False)
 
 
 def shown(value: Any) -> str:
@@ -146,7 +148,7 @@ def _print_notes(console: Console, results: dict[str, Any], counts: dict[str, An
     if evaluator:
         out.append(f"Perplexity under {printable(evaluator['model'])}, tokens {evaluator['tokens']}.")
     for note in out:
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
 
 
 def _cell(interval: dict[str, Any] | None, form: str, factor: float = 1, under: bool = False) -> str:

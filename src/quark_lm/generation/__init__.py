@@ -1,10 +1,11 @@
-"""Completers: token ids in, token ids out. `hf.py` runs the model in this process.
+"""Completers: token ids in, token ids out. `hf.py` runs the model in this process, `vllm.py` asks vLLM.
 
 A sample's draws depend on its own seed only: not on its batch, the batch size, the rank, or the order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,9 +32,23 @@ class GenerationSettings:
     top_k: int = 0
     barred: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature={self.temperature} divides the logits into nothing that can be drawn from. Set it to a"
+                " finite number; 1 is the model as it is, 0 takes the likeliest token."
+            )
+
 
 class Completer(Protocol):
-    """Completes prompts; see `hf.HFCompleter.complete` for the arguments."""
+    """Completes prompts; see `hf.HFCompleter.complete` for the arguments.
+
+    Attributes: batch_rows: forward rows of a batch; None: as many as `fitting_rows` says.
+    """
+
+    batch_rows: int | None
+
+    def fitting_rows(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> int: ...
 
     def complete(
         self,

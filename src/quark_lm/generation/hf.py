@@ -56,6 +56,7 @@ class HFCompleter:
         self.eos_ids = tuple(eos_ids)
         self.batch_rows = batch_rows
         self.autocast = autocast
+        self.most_rows: int | None = None  # what memory held when it ran out; the batches are split to it from then on
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +109,7 @@ class HFCompleter:
             yield order[start : start + samples]
 
     def fitting_rows(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> int:
-        """Forward rows of a batch that fit the free memory; as many as still gain speed, at most."""
+        """Forward rows of a batch that fit the free memory, and did so far; as many as still gain speed, at most."""
         config = causal_lm(self.model).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -119,7 +120,8 @@ class HFCompleter:
         per_row = 2 * cache + 4 * 4 * weight.shape[0]
         device = weight.device.type
         free = torch.cuda.mem_get_info(weight.device)[0] if device == "cuda" else psutil.virtual_memory().available
-        return int(max(1, min(_MOST_ROWS.get(device, 128), 0.4 * free // per_row)))
+        most = min(_MOST_ROWS.get(device, 128), self.most_rows or 1 << 30)
+        return int(max(1, min(most, 0.4 * free // per_row)))
 
     def _complete_or_halve(
         self,
@@ -131,22 +133,31 @@ class HFCompleter:
         strengths: np.ndarray,
         on_token: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        try:
-            completions = self._complete_batch(batch, prompts, seeds, settings, contrast, strengths, on_token)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-            if len(batch) == 1 or not (
-                isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            ):
-                raise
-        else:
-            yield batch, completions
-            return
-        # outside the except block, whose traceback would keep the failed batch's tensors alive
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        each = 2 if contrast is not None else 1
         half = len(batch) // 2
-        self.batch_rows = max(1, half * (2 if contrast is not None else 1))
-        warnings.warn(f"Out of memory with {len(batch)} completions a batch: going on with {half}.", stacklevel=2)
+        if self.most_rows is None or len(batch) == 1 or len(batch) * each <= self.most_rows:
+            try:
+                completions = self._complete_batch(batch, prompts, seeds, settings, contrast, strengths, on_token)
+            except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(
+                        "Out of memory with one completion a batch, so none can be sampled. Lower"
+                        " max_completion_length, shorten the prompts, or free memory."
+                    ) from error
+            else:
+                yield batch, completions
+                return
+            # outside the except block, whose traceback would keep the failed batch's tensors alive
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.most_rows = half * each
+            warnings.warn(
+                f"Out of memory with {len(batch)} completions a batch: going on with {half}, and with no more than"
+                f" {self.most_rows} forward rows from here on.",
+                stacklevel=2,
+            )
         for part in (batch[:half], batch[half:]):
             yield from self._complete_or_halve(part, prompts, seeds, settings, contrast, strengths, on_token)
 
@@ -229,6 +240,11 @@ class HFCompleter:
         with context:
             output = run_body(self.model, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         return output.last_hidden_state[:, -1].contiguous().to(next(self.head.module.parameters()).dtype)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or numpy found no memory, on a GPU or on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:

@@ -73,7 +73,7 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
             options = {"processing_class": processing_class, **options}
         return _made(factory, name, options)
     module, colon, function = name.rpartition(":")
-    if colon and not Path(name).exists():
+    if colon and not os.path.exists(name):
         if module in NAMED_REWARDS:
             option = "url" if module == "http" else "label"
             raise ConfigError(f"reward {name!r}: options go in brackets. Write {module}({option}={function}).")
@@ -82,7 +82,7 @@ def load_reward(spec: str | RewardFunction | Any, *, processing_class: Any = Non
                 f"reward {name!r} is a function and takes no options. Set {', '.join(options)} inside it."
             )
         return _from_module(module, function)
-    if "/" not in name and not Path(name).exists():
+    if "/" not in name and not os.path.exists(name):
         near = difflib.get_close_matches(name.lower(), NAMED_REWARDS, n=1)
         if near:
             raise ConfigError(
@@ -118,8 +118,9 @@ def _from_object(spec: Any, processing_class: Any, options: dict[str, Any]) -> R
 
 def _split_options(spec: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """ "name(key=value, ...)" as name and options; values are Python literals, true, false, none, or else text."""
-    match = re.fullmatch(r"([\w.-]+)\((.*)\)", spec)
-    if match is None:
+    # a model's name or folder too: "owner/name(revision=...)"
+    match = re.fullmatch(r"([\w./~-]+)\((.*)\)", spec)
+    if match is None or os.path.exists(spec):
         return spec, dict(options)
     written: dict[str, Any] = {}
     for part in filter(None, map(str.strip, match[2].split(","))):
@@ -135,7 +136,7 @@ def _value(text: str) -> Any:
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

@@ -101,11 +101,13 @@ class ClassifierReward:
         self,
         classifier: _Classifier,
         label: str | int,
-        activation: Activation,
+        activation: Activation | None,
         scope: Scope,
         minimize: bool,
         max_length: int | None,
     ) -> None:
+        if activation is None:  # what "none" is in a string such as classifier(model=..., activation=none)
+            activation = "none"
         if activation not in ("softmax", "sigmoid", "none"):
             raise ConfigError(
                 f"activation={activation!r} is none that logits go through. Set softmax, sigmoid or none."

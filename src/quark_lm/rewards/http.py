@@ -27,6 +27,7 @@ import httpx2
 import tenacity
 
 from quark_lm.errors import ConfigError, RewardError
+from quark_lm.files import first_line
 
 # Seconds before the first retry; each one after it waits twice as long.
 _FIRST_PAUSE = 1.0
@@ -217,14 +218,14 @@ class HttpReward:
             ) from error
         except httpx2.DecodingError as error:
             raise RewardError(
-                f"The reward at {self._shown} answered what cannot be decoded ({_line(error)}). Mend the server."
+                f"The reward at {self._shown} answered what cannot be decoded ({first_line(error)}). Mend the server."
             ) from error
         except httpx2.ConnectError as error:
             raise _Unanswered(
-                f"cannot be reached ({_line(error)})", "Start the server there, or mend the URL."
+                f"cannot be reached ({first_line(error)})", "Start the server there, or mend the URL."
             ) from error
         except httpx2.RequestError as error:
-            raise _Unanswered(f"broke off ({_line(error)})", "Look at the server's own log.") from error
+            raise _Unanswered(f"broke off ({first_line(error)})", "Look at the server's own log.") from error
         status = f"{response.status_code} {response.reason_phrase}".strip()
         if response.is_success:
             return bytes(body)
@@ -319,10 +320,6 @@ def _excerpt(body: bytes | bytearray) -> str:
     return f" ({text[:80]!r})" if text else ""
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 class _Cache:
     """Answers on disk. Each batch is one transaction, so that a kill loses none that was written."""
 
@@ -374,6 +371,6 @@ class _Cache:
             yield
         except (sqlite3.Error, OSError) as error:
             raise RewardError(
-                f"The cache {self._path} cannot be used ({_line(error)}). Make room for it, or name another file, or"
-                " leave cache out."
+                f"The cache {self._path} cannot be used ({first_line(error)}). Make room for it, or name another file,"
+                " or leave cache out."
             ) from error

@@ -46,9 +46,9 @@ class MiniLMScorer:
         device: "cpu", "cuda", ...; None takes a GPU where there is one.
 
     A text's score depends on the text alone, not on its neighbours, their order or their number: to 1e-5 in float32. In
-    bfloat16 it may move with the number of texts in its batch, by up to .007 on a CPU with AMX (which blocks a product by
-    its rows) and by 1e-6 on others. The two dtypes differ by up to .01, so a score may differ by that from one machine to
-    another under "auto".
+    bfloat16 it may move with the number of texts in its batch, by up to .007 on a CPU with AMX (which blocks a product
+    by its rows) and by 1e-6 on others. The two dtypes differ by up to .01, so a score may differ by that from one
+    machine to another under "auto".
     """
 
     def __init__(

@@ -201,7 +201,7 @@ class RewardRunner:
             for number, call in enumerate(calls):
                 try:
                     outcomes.append(tenacity.Retrying(**self._retrying, before_sleep=call.tell)(call))
-                except Exception as error:
+                except (Exception, SystemExit) as error:  # which would end the run without a word
                     outcomes.append(failure(call, error))
                 if inspect.isawaitable(outcomes[number]):
                     pending[number] = outcomes[number]
@@ -388,7 +388,10 @@ def _checked(result: Any, name: str, num_completions: int) -> NDArray[np.float64
                 f"Reward function {name} returned {_shown(value)} at index {index}, which is no number. "
                 "Return a float, or None for no reward."
             )
-        rewards[index] = float(value)
+        try:
+            rewards[index] = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            rewards[index] = math.inf
         if not math.isfinite(rewards[index]):
             raise RewardError(
                 f"Reward function {name} returned {rewards[index]} at index {index}, which has no rank. "
@@ -400,7 +403,7 @@ def _checked(result: Any, name: str, num_completions: int) -> NDArray[np.float64
 def _failure(name: str, error: BaseException, retries: int) -> QuarkError:
     if isinstance(error, QuarkError):
         return error  # ours, and says what to do
-    each = f" at each of {retries + 1} calls" if retries else ""
+    each = f" at each of {retries + 1} calls" if retries and _may_pass(error) else ""
     return RewardError(
         f"Reward function {name} raised {_reason(error)}{each}. Mend it, or return None where there is no reward."
     )

@@ -1,0 +1,249 @@
+"""`quark train` in several processes: a process that dies ends the run, and the same command goes on, on two nodes too.
+
+The nodes are two torchrun agents on loopback, which meet as those of two machines do.
+"""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipe
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+
+from quark_lm import Pool, cli, processes
+from quark_lm.cli import main
+from quark_lm.errors import ConfigError, ModelError, TrainingError
+from quark_lm.policy import Joint, Policy
+from quark_lm.trainer import _no_pickles
+
+ROOT = Path(__file__).parents[2]
+
+
+def flags(folder, output_dir, batch):
+    """A run of two rounds of three steps."""
+    fields = {
+        "model_name_or_path": folder / "model", "prompts": folder / "prompts.jsonl", "output_dir": folder / output_dir,
+        "eval_prompts": folder / "prompts.jsonl", "reward_funcs": "recipe:mortal_reward", "num_rounds": 2,
+        "steps_per_round": 3, "per_device_train_batch_size": batch, "prompts_first_round": 8, "prompts_per_round": 6,
+        "num_generations": 3, "max_completion_length": 6, "num_quantiles": 3, "heldout_share": 0.2, "draw": "all",
+        "adam_epsilon": 0.01, "learning_rate": 5e-3, "logging_steps": 1, "use_cpu": "true", "report_to": "none",
+        "save_strategy": "epoch", "early_stop": "false",
+    }  # fmt: skip
+    return [text for name, value in fields.items() for text in (f"--{name}", str(value))]
+
+
+def start(folder, name, command):
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "invariants")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["MORTAL"] = str(folder / "died")
+    with (folder / f"{name}.txt").open("w") as log:
+        return subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def run(tmp_path_factory):
+    """(folder, process) of a run that loses one of its two processes; started beside the other tests."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in recipe.PROMPTS]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    command = ["quark_lm.cli", "train", "--accelerate", "fsdp2", "--num_processes", "2", *flags(folder, "run", 4)]
+    process = start(folder, "dies", command)
+    yield folder, process
+    process.terminate()
+    process.wait()
+
+
+def test_a_model_too_large_for_one_rank_stops_when_a_forward_failed_in_the_middle():
+    joint = Joint([model := torch.nn.Linear(1, 1)], None, True)
+    joint._largest = float  # of one rank
+    joint.parts = [model]
+    joint.go(model)
+    with pytest.raises(TrainingError, match="lower generation_batch_size"):  # `went` was not called
+        joint.go(model)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_model_gathered_whole_goes_again_after_a_forward_that_failed_in_the_middle(is_known):
+    joint = Joint([model := torch.nn.Linear(1, 1)], None, True)
+    joint._together = lambda model: joint.whole.append(model)  # it fits
+    if is_known:
+        joint.whole = [model]
+    joint.go(model)
+    joint.go(model)  # a smaller batch; `went` was not called
+
+
+def test_new_rows_of_an_adapter_on_a_tied_model_are_refused(tmp_path):
+    case = recipe.CASES["gpt2-tied-lora"]
+    trainer = recipe.trainer(tmp_path, case)
+
+    class Sharding:
+        is_fsdp2 = True
+
+    with pytest.raises(ConfigError, match="reward_token_style='text'"):
+        Policy(trainer.model, accelerator=Sharding())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--accelerate", "zero3"], "DeepSpeed is not supported. Use --accelerate fsdp2"),
+        (["--accelerate", "fsdp"], "neither a file of `accelerate config` nor one of ddp, fsdp2"),
+        (["--accelerate", "ddp", "--num_processes", "1"], "Give 2 or more"),
+        (["--accelerate", "ddp", "--num-processes", "1"], "Give 2 or more"),
+        (["--num_processes", "2"], "Give --accelerate ddp or fsdp2 too"),
+    ],
+)
+def test_processes_that_cannot_be_started_are_one_line(arguments, told, capsys):
+    assert main(["train", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_one_process_a_gpu_needs_two_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="this machine has 1 GPUs"):
+        processes.launch("ddp", None, [])
+
+
+@pytest.mark.parametrize("content", ["a: [1", "", "- 1", "num_processes: 2", "distributed_type: no such"])
+def test_a_broken_file_of_accelerate_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text(content)
+    assert main(["train", "--accelerate", str(tmp_path / "broken.yaml")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "broken.yaml is no file of `accelerate config`" in line
+
+
+def test_the_exit_code_of_one_process_is_handed_on(tmp_path, capfd):
+    (tmp_path / "one.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\n")
+    assert main(["train", "--accelerate", str(tmp_path / "one.yaml"), "--debug"]) == 2
+    err = capfd.readouterr().err
+    assert "Nothing is named as model_name_or_path" in err
+    assert "Traceback" in err  # the process was told --debug
+
+
+def test_wrong_input_is_told_by_the_first_process_unless_it_is_anothers_own(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "_FIRST_TELLS_SECONDS", 0.0)
+    assert main(["train", "--num_processes", "2"]) == 2
+    assert capsys.readouterr().err.startswith("quark: process 1: --num_processes is for --accelerate")
+    # torchrun stops it, since the first has ended
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", "--num_processes", "2"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(cli, "_say", lambda text, say=cli._say: (os.kill(os.getpid(), signal.SIGTERM), say(text)))
+    assert main(["train", "--num_processes", "2"]) == 2  # a signal that comes meanwhile adds nothing
+    assert capsys.readouterr().err.startswith("quark: --num_processes is for --accelerate")
+
+
+def test_what_the_first_process_finds_is_found_here_where_there_is_one():
+    assert processes.first_tells(lambda: "found") == "found"
+
+
+def test_fsdp_in_one_process_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"alone. Start several by --accelerate fsdp2 or by torchrun"):
+        recipe.trainer(tmp_path, recipe.CASES["gpt2-tied"], fsdp=True)
+
+
+@pytest.mark.parametrize(("checkpoint", "error"), [(False, pickle.UnpicklingError), ("checkpoint-3", ModelError)])
+def test_only_a_checkpoint_is_blamed_for_what_cannot_be_unpickled(checkpoint, error):
+    with pytest.raises(error), _no_pickles(checkpoint):
+        raise pickle.UnpicklingError("of a callback")
+
+
+def test_processes_do_not_start_processes(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "--accelerate", "ddp"]) == 2
+    assert "one of several already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: false"),
+        ({"cpu_offload": True}, "fsdp_offload_params: false"),
+    ],
+)
+def test_what_fsdp_would_do_behind_our_back_is_refused(settings, told, tmp_path):
+    with pytest.raises(ConfigError, match=told):
+        recipe.trainer(tmp_path, recipe.CASES["gpt2-tied"], fsdp=True, fsdp_config=settings)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1 is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "offload_params: false"),
+    ],
+)
+def test_what_accelerate_launch_was_told_is_looked_at_too(names, told, tmp_path, monkeypatch):
+    settings = recipe.config(tmp_path, recipe.CASES["gpt2-tied"])
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=told):
+        recipe.QuarkTrainer(tiny_llama(), recipe.reward, settings, None)
+
+
+@pytest.mark.filterwarnings("ignore:The reward tokens")
+def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, capsys):
+    folder, process = run
+    assert process.wait(timeout=300) == 1
+    after = time.time() - (folder / "died").stat().st_mtime
+    log = (folder / "dies.txt").read_text()
+    assert "was killed by SIGKILL, so the others were stopped" in log
+    assert "Traceback" not in log
+    assert after < 60  # of a machine that may be busy; a second or two of an idle one
+    assert sorted(path.name for path in (folder / "run").glob("checkpoint-*")) == ["checkpoint-3"]
+    assert not (folder / "run" / "results.json").exists()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=quark"]
+    command += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "quark_lm.cli", "train"]
+    command += [*flags(folder, "run", 4), "--fsdp", "true"]
+    nodes = [start(folder, f"node-{number}", command) for number in range(2)]
+    monkeypatch.syspath_prepend(ROOT / "tests" / "invariants")
+    assert main(["train", *flags(folder, "one", 8)]) == 0  # meanwhile, in one process
+    try:
+        codes = [node.wait(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
+            node.wait()
+    logs = [(folder / f"node-{number}.txt").read_text() for number in range(2)]
+    assert codes == [0, 0], logs
+    assert sum("goes on in round 2" in log for log in logs) == 1  # one of them tells
+
+    two, one = told(folder / "run"), told(folder / "one")
+    assert len(one["loss"]) == 6
+    assert np.allclose(two["loss"], one["loss"], rtol=1e-6, atol=0)
+    assert np.allclose(two["eval_reward"], one["eval_reward"], rtol=1e-6, atol=0)
+    tables = [Pool.open(folder / name).to_table().select(["completion_ids", "reward"]) for name in ("run", "one")]
+    assert tables[0].equals(tables[1])
+    weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("run", "one")]
+    assert weights[0].keys() == weights[1].keys()
+    for key, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][key], rtol=0, atol=2e-6), key
+
+    # the optimizer's state is FSDP's
+    assert main(["train", *flags(folder, "run", 8)]) == 2
+    assert "written with FSDP, and this run goes without it" in capsys.readouterr().err
+
+
+def told(folder):
+    """By name: the figures of a run's metrics, line by line."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {name: [line[name] for line in lines if name in line] for name in ("loss", "eval_reward")}
