@@ -1,4 +1,4 @@
-"""A run of several processes: start them on this machine, agree with them, leave together.
+"""A run of several processes: check that it can work, start them on this machine, agree with them, leave together.
 
 Which of them explores what is exploring.py's job, how a sharded model goes forward policy.py's.
 """
@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import subprocess
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,8 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
+
+    from .config import QuarkConfig
 
 T = TypeVar("T")
 
@@ -158,3 +161,49 @@ def leave() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def check_hardware(args: QuarkConfig) -> None:
+    """Refuses what would go wrong in silence. Raises: ConfigError."""
+    if args.n_gpu > 1:
+        # DataParallel would run the loss on the first model and its own part of the batch
+        args._n_gpu = 1
+        warnings.warn(
+            "Several GPUs are here, and one process uses the first alone. Start it with torchrun or accelerate launch"
+            " to use all.",
+            stacklevel=3,
+        )
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "DeepSpeed is not supported: Quark's loss reads the head's weights in chunks, which ZeRO-3 takes apart. Use"
+            " FSDP2, which splits weights, gradients and optimizer alike (--accelerate fsdp2)."
+        )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _check_fsdp(args.fsdp_plugin_args or {})
+
+
+def _check_fsdp(named: dict[str, Any]) -> None:
+    """named: what fsdp_config says; the rest stands in the environment, where accelerate launch puts its own."""
+
+    def told(name: str, default: str) -> str:
+        return str(named.get(name, os.environ.get(f"FSDP_{name.removeprefix('fsdp_')}".upper(), default))).lower()
+
+    if told("fsdp_version", "1") != "2":
+        raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, or use --accelerate fsdp2.")
+    if "true" in (told("cpu_offload", "false"), told("offload_params", "false")):
+        raise ConfigError(
+            "FSDP would keep the weights on the CPU, where Quark would look for the model. Set fsdp_offload_params:"
+            " false; with an adapter (use_peft) less memory is needed."
+        )
+    if told("cpu_ram_efficient_loading", "false") == "true":
+        raise ConfigError(
+            "FSDP would load the weights on the first process alone, and Quark looks at them on each. Set"
+            " fsdp_cpu_ram_efficient_loading: false."
+        )
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ConfigError(
+            "FSDP splits a model between processes, and this process is alone. Start several by --accelerate fsdp2 or"
+            " by torchrun, or leave fsdp out."
+        )

@@ -15,27 +15,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import os
-import pickle
 import signal
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import export, loading, measuring, quantiles
+from . import export, loading, measuring, quantiles, resuming
 from .collator import Collator, Draw
 from .config import QuarkConfig
-from .errors import ConfigError, DataError, GenerationError, ModelError, PoolError, RewardError, TrainingError
+from .errors import ConfigError, DataError, GenerationError, ModelError, RewardError, TrainingError
 from .exploring import DROPOUT, EVAL, InitialPool, Watch, aside, explored_columns, score
 from .generation import Completer, GenerationSettings, complete_all, sample_seeds
 from .generation.hf import HFCompleter
@@ -44,26 +41,23 @@ from .loss import LossSettings, quark_loss
 from .packaged import PACKAGED, base_name
 from .policy import Policy, causal_lm, check_head, completion_states, disable_dropout, local_part
 from .pool import PartialRound, Pool
-from .processes import first_tells, shard_on_cpu
+from .processes import check_hardware, first_tells, shard_on_cpu
 from .progress import Display, LearnBar
 from .prompts import EncodedPrompts, checked, encode
 from .reward_tokens import RewardTokens
 from .rewards import load_reward
 from .rewards.runner import RewardRunner
+from .rounds import Draws, Rounds
 from .run_folder import (
     MARKER,
     MetricsFile,
     claim,
-    counting_settings,
     describe,
     disk_errors,
-    file_digests,
     last_whole_checkpoint,
     locked,
-    read_marker,
     what_is_wrong,
     write_json,
-    write_marker,
 )
 from .steering import branches, context_length, eos_ids
 
@@ -130,7 +124,7 @@ class QuarkTrainer(Trainer):
         initial_pool: Any = None,
     ) -> None:
         args = copy.copy(args or QuarkConfig("quark_output"))  # what is set below is this run's, not the caller's
-        _check_hardware(args)
+        check_hardware(args)
         if train_dataset is None:
             raise DataError("train_dataset is missing, so there is nothing to sample from. Give a data set of prompts.")
         train_dataset = checked(train_dataset)
@@ -271,7 +265,7 @@ class QuarkTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.learn_bar = LearnBar(self)
         self.add_callback(self.learn_bar)
-        self.add_callback(_Rounds(self))
+        self.add_callback(Rounds(self))
 
     # -- explore
 
@@ -442,7 +436,7 @@ class QuarkTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Reads the current round's draws in order; Accelerate gives each rank its batches."""
-        loader = DataLoader(_Draws(self), batch_size=self._train_batch_size, collate_fn=self.data_collator)
+        loader = DataLoader(Draws(self), batch_size=self._train_batch_size, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -634,15 +628,15 @@ class QuarkTrainer(Trainer):
                     reason = f"has no {MARKER}, so it is not Quark's or was not finished"
                 raise ModelError(f"{resume_from_checkpoint} {reason}. Give another checkpoint, or none for the newest.")
             if resume_from_checkpoint:
-                self._check_sharding(Path(resume_from_checkpoint))
+                resuming.check_sharding(self, Path(resume_from_checkpoint))
             with disk_errors(self.folder):
-                self._check_pool(resume_from_checkpoint)
-                self._go_on_from(resume_from_checkpoint)
+                resuming.check_pool(self, resume_from_checkpoint)
+                resuming.go_on_from(self, resume_from_checkpoint)
             self._trains, self._failed = True, None
             if self.vllm is not None:
                 self.vllm.holds = self.vllm.saved = None  # the weights become those of the checkpoint
             try:
-                with self._signals(), disk_errors(self.folder), _no_pickles(resume_from_checkpoint):
+                with self._signals(), disk_errors(self.folder), resuming.no_pickles(resume_from_checkpoint):
                     output = super().train(resume_from_checkpoint or None, *args, **kwargs)
                     if self._failed is not None:
                         raise self._failed
@@ -653,48 +647,11 @@ class QuarkTrainer(Trainer):
                 self.learn_bar.close()
         return output
 
-    def _go_on_from(self, checkpoint: str | Literal[False]) -> None:
-        """Takes up the figures where the checkpoint was written, and says so."""
-        args = self.args
-        marker: dict[str, Any] = {"step": -1}
-        if checkpoint:
-            told = read_marker(Path(checkpoint))
-            assert told is not None  # `train` takes no other checkpoint
-            marker = told
-        step, measured = marker["step"], marker.get("measured", True)
-        round, inside = divmod(step, args.steps_per_round)
-        self._owed = round - 1 if checkpoint and not inside and not measured else None
-        self._sums.zero_()
-        if self.is_world_process_zero():
-            self._sums += torch.tensor(marker.get("sums", [0.0] * 6), dtype=torch.float64)
-            before = None if inside else round
-            self.metrics_file.keep_until(step, before, measured or bool(inside), marker.get("metrics"))
-        else:  # the steps are counted by each rank, the rest was summed up over all
-            self._sums[5] = marker.get("sums", [0.0] * 6)[5]
-        if checkpoint:
-            max_steps = args.num_rounds * args.steps_per_round
-            lines = first_tells(self.metrics_file.lines)  # which rank 0 has just cut
-            last = {k: v for line in lines if line.get("round") == round - 1 for k, v in line.items()}
-            if marker.get("stops_early") or (self._owed is not None and self._nothing_new(last)):
-                max_steps = step  # the run ended here: what is left is to measure it
-                args.num_train_epochs = round
-            elif step > max_steps:
-                raise ConfigError(
-                    f"num_rounds={args.num_rounds} ends at step {max_steps}, but the run in {self.folder} is at step"
-                    f" {step} already."
-                    f" Give num_rounds={-(-step // args.steps_per_round)} or more, or another output_dir."
-                )
-            self._is_finished = step >= max_steps and self._owed is None
-            what = "is finished" if self._is_finished else f"goes on in round {min(round + 1, args.num_rounds)}"
-            self.display.line(
-                f"The run in {self.folder} {what}: {Path(checkpoint).name} holds step {step} of {max_steps}."
-            )
-
     def open_pool(self) -> Pool:
         """The run's pool; the folder becomes this run's when it is first asked for. Raises: ConfigError, PoolError."""
         if self.pool is None:
             if self.is_world_process_zero():
-                claim(self.folder, self._identity())
+                claim(self.folder, resuming.identity(self))
                 describe(self.folder, self.args.to_dict())
                 self.reward_tokens.save(self.folder)
                 Pool.open(self.pool_folder, create=True)
@@ -703,52 +660,6 @@ class QuarkTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             self.pool = Pool.open(self.pool_folder)
         return self.pool
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes this run this run."""
-
-        def told(texts: Sequence[str], columns: dict[str, list[Any]] | None = None) -> str:
-            crc = 0
-            for text in (*texts, repr(sorted((columns or {}).items()))):  # the rewards may read the other columns
-                crc = zlib.crc32(text.encode(), crc)
-            return f"{len(texts)}, crc {crc}"
-
-        return {
-            **counting_settings(self.args, self.get_total_train_batch_size(self.args)),
-            "model": base_name(self.model),
-            "dtype": str(causal_lm(self.model).dtype).removeprefix("torch."),
-            "adapter": loading.adapter_identity(self.model),
-            "reward_tokens": list(self.reward_tokens.texts),
-            "reward_funcs": self.rewards.names,
-            "prompts": told(self.prompts.texts, self.prompts.columns),
-            "eval_prompts": told(self.eval_prompts.texts, self.eval_prompts.columns) if self.eval_prompts else None,
-            "eval_reward_funcs": self.eval_rewards.names if self.eval_rewards else [],
-            "initial_pool": told(self.initial_pool.told) if self.initial_pool is not None else None,
-        }
-
-    def _check_sharding(self, checkpoint: Path) -> None:
-        """Raises: ConfigError for a checkpoint whose optimizer only the other kind of run can read."""
-        sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-        if sharded != self.is_fsdp_enabled:
-            raise ConfigError(
-                f"{checkpoint} was written {'with' if sharded else 'without'} FSDP, and this run goes"
-                f" {'without' if sharded else 'with'} it, so that it could not read the optimizer's state. Go on as the"
-                " run was begun."
-            )
-
-    def _check_pool(self, checkpoint: str | Literal[False]) -> None:
-        """Raises: PoolError when the pool on disk is not as the run wrote it, or not the one of the checkpoint."""
-        pool = self.open_pool()
-        if self.is_world_process_zero():
-            pool.verify()
-        marker = read_marker(Path(checkpoint)) if checkpoint else None
-        if marker is not None:
-            saw = marker.get("pool_sha256", [])
-            if pool.hashes()[: len(saw)] != saw:
-                raise PoolError(
-                    f"{checkpoint} saw another pool than the one in {pool.folder}, so its next losses would be of other"
-                    " samples. Give a checkpoint of this run, or put its pool back."
-                )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -831,180 +742,7 @@ class QuarkTrainer(Trainer):
             self.reward_tokens.save(folder)
 
 
-class _Draws(Dataset):
-    """The current round's draws."""
-
-    def __init__(self, trainer: QuarkTrainer) -> None:
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        args = self.trainer.args
-        return args.steps_per_round * self.trainer.get_total_train_batch_size(args)
-
-    def __getitem__(self, index: int) -> Draw:
-        return self.trainer.draws[index]
-
-
-class _Rounds(TrainerCallback):
-    """Calls the verbs at the borders of a round, and tells what happened."""
-
-    def __init__(self, trainer: QuarkTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer._measured_at = state.global_step if trainer._owed is None else -1
-        if trainer.eval_prompts is not None and args.eval_every and state.global_step == 0:
-            trainer.evaluate_base()
-        if trainer._owed is not None:  # stopped between a round's last step and what is measured then
-            round, trainer._owed = trainer._owed, None
-            trainer.quantize(round)
-            trainer.round_metrics = {}
-            for line in first_tells(trainer.metrics_file.lines):
-                trainer.round_metrics |= line if line.get("round") == round else {}
-            trainer.finish_round(round)
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            told = read_marker(path)
-            if trainer.is_world_process_zero() and told is not None:
-                measured = {"measured": True, "stops_early": trainer._stops_early}
-                write_marker(path, {**told, **measured, "metrics": trainer.metrics_digest(measured=True)})
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        round = state.global_step // args.steps_per_round
-        trainer.round_metrics = {"round": round}
-        trainer.explore(round)
-        assigned = trainer.quantize(round)
-        trainer._draw(round)
-        figures = measuring.round_figures(trainer, round, assigned)
-        if state.global_step == 0:
-            figures |= {f"initial_{name}": value for name, value in trainer.measure_tokens().items()}
-        trainer.round_metrics |= figures
-        if state.global_step % args.steps_per_round == 0:
-            trainer.log({name: value for name, value in trainer.round_metrics.items() if name != "round"})
-        if args.log_completions:
-            table = trainer.open_pool().to_table([round]).slice(0, args.num_completions_to_print)
-            rows = list(zip(*(table.column(c).to_pylist() for c in ("prompt", "completion", "reward")), strict=True))
-            trainer.display.completions(f"round {round + 1}", rows)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_finite()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._sums[5] += 1
-        if state.global_step % args.steps_per_round == 0:
-            control.should_log = True  # a round's last figures belong to it
-        if self.trainer.all_stop():
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        # asked of all ranks: a signal may have come to one of them since the last step
-        if trainer.all_stop():
-            control.should_save = control.should_training_stop = True
-            return
-        if state.global_step % args.steps_per_round:
-            return
-        try:
-            trainer.finish_round(state.global_step // args.steps_per_round - 1)
-            if trainer._stops_early:
-                control.should_training_stop = True
-        except KeyboardInterrupt as stopped:
-            if not stopped.args:
-                raise  # a second Ctrl-C, which stops at once
-            # the round's learning is saved; what was not measured will be when the run goes on
-            control.should_save = control.should_training_stop = True
-        except (RewardError, GenerationError) as failed:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the other ranks do not know of it
-            trainer._failed = failed  # raised when the round's learning is saved
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        told = trainer.verdict() if trainer.is_world_process_zero() and not trainer.interrupted else {}
-        if told:
-            trainer.display.line(told["text"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Marks the checkpoint as complete: each rank calls this when Trainer has written its part."""
-        trainer = self.trainer
-        trainer.accelerator.wait_for_everyone()
-        sums = trainer._all_sums().tolist()
-        if args.should_save:
-            marker = {
-                "step": state.global_step,
-                "pool_sha256": trainer.open_pool().hashes(),
-                "measured": trainer._measured_at == state.global_step,
-                "stops_early": trainer._stops_early,
-                "base": base_name(trainer.model),
-                "sums": sums,
-            }
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            marker["metrics"] = trainer.metrics_digest(marker["measured"])
-            write_marker(path, {**marker, "files": file_digests(path)})
-
-
 # -- helpers
-
-
-def _check_hardware(args: QuarkConfig) -> None:
-    """Refuses what would go wrong in silence. Raises: ConfigError."""
-    if args.n_gpu > 1:
-        # DataParallel would run the loss on the first model and its own part of the batch
-        args._n_gpu = 1
-        warnings.warn(
-            "Several GPUs are here, and one process uses the first alone. Start it with torchrun or accelerate launch"
-            " to use all.",
-            stacklevel=3,
-        )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "DeepSpeed is not supported: Quark's loss reads the head's weights in chunks, which ZeRO-3 takes apart. Use"
-            " FSDP2, which splits weights, gradients and optimizer alike (--accelerate fsdp2)."
-        )
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        _check_fsdp(args.fsdp_plugin_args or {})
-
-
-def _check_fsdp(named: dict[str, Any]) -> None:
-    """named: what fsdp_config says; the rest stands in the environment, where accelerate launch puts its own."""
-
-    def told(name: str, default: str) -> str:
-        return str(named.get(name, os.environ.get(f"FSDP_{name.removeprefix('fsdp_')}".upper(), default))).lower()
-
-    if told("fsdp_version", "1") != "2":
-        raise ConfigError("FSDP1 is not supported. Set fsdp_version: 2, or use --accelerate fsdp2.")
-    if "true" in (told("cpu_offload", "false"), told("offload_params", "false")):
-        raise ConfigError(
-            "FSDP would keep the weights on the CPU, where Quark would look for the model. Set fsdp_offload_params:"
-            " false; with an adapter (use_peft) less memory is needed."
-        )
-    if told("cpu_ram_efficient_loading", "false") == "true":
-        raise ConfigError(
-            "FSDP would load the weights on the first process alone, and Quark looks at them on each. Set"
-            " fsdp_cpu_ram_efficient_loading: false."
-        )
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ConfigError(
-            "FSDP splits a model between processes, and this process is alone. Start several by --accelerate fsdp2 or"
-            " by torchrun, or leave fsdp out."
-        )
-
-
-@contextlib.contextmanager
-def _no_pickles(checkpoint: str | Literal[False]) -> Iterator[None]:
-    """Within it, a checkpoint that holds more than tensors is one clear error. Raises: ModelError."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        if not checkpoint:  # somebody else's, such as a callback's
-            raise
-        raise ModelError(
-            f"A file in {checkpoint} is damaged or holds other things than tensors, and was not loaded: unpickling can"
-            " run a stranger's code. Delete that checkpoint: the run goes on from the one before."
-        ) from error
 
 
 def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callable[..., Any]]:

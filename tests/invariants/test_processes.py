@@ -24,7 +24,7 @@ from quark_lm import Pool, cli, processes
 from quark_lm.cli import main
 from quark_lm.errors import ConfigError, ModelError, TrainingError
 from quark_lm.policy import Joint, Policy
-from quark_lm.trainer import _no_pickles
+from quark_lm.resuming import no_pickles
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +158,7 @@ def test_fsdp_in_one_process_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("checkpoint", "error"), [(False, pickle.UnpicklingError), ("checkpoint-3", ModelError)])
 def test_only_a_checkpoint_is_blamed_for_what_cannot_be_unpickled(checkpoint, error):
-    with pytest.raises(error), _no_pickles(checkpoint):
+    with pytest.raises(error), no_pickles(checkpoint):
         raise pickle.UnpicklingError("of a callback")
 
 

@@ -1,0 +1,124 @@
+"""How a run goes on: what makes it this run, the checkpoint that fits it, and the figures where that one left them."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from . import loading
+from .errors import ConfigError, ModelError, PoolError
+from .packaged import base_name
+from .policy import causal_lm
+from .processes import first_tells
+from .run_folder import counting_settings, read_marker
+
+if TYPE_CHECKING:
+    from .trainer import QuarkTrainer
+
+
+def identity(trainer: QuarkTrainer) -> dict[str, Any]:
+    """What makes this run this run."""
+
+    def told(texts: Sequence[str], columns: dict[str, list[Any]] | None = None) -> str:
+        crc = 0
+        for text in (*texts, repr(sorted((columns or {}).items()))):  # the rewards may read the other columns
+            crc = zlib.crc32(text.encode(), crc)
+        return f"{len(texts)}, crc {crc}"
+
+    held_out = trainer.eval_prompts
+    return {
+        **counting_settings(trainer.args, trainer.get_total_train_batch_size(trainer.args)),
+        "model": base_name(trainer.model),
+        "dtype": str(causal_lm(trainer.model).dtype).removeprefix("torch."),
+        "adapter": loading.adapter_identity(trainer.model),
+        "reward_tokens": list(trainer.reward_tokens.texts),
+        "reward_funcs": trainer.rewards.names,
+        "prompts": told(trainer.prompts.texts, trainer.prompts.columns),
+        "eval_prompts": told(held_out.texts, held_out.columns) if held_out else None,
+        "eval_reward_funcs": trainer.eval_rewards.names if trainer.eval_rewards else [],
+        "initial_pool": told(trainer.initial_pool.told) if trainer.initial_pool is not None else None,
+    }
+
+
+def check_sharding(trainer: QuarkTrainer, checkpoint: Path) -> None:
+    """Raises: ConfigError for a checkpoint whose optimizer only the other kind of run can read."""
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if sharded != trainer.is_fsdp_enabled:
+        raise ConfigError(
+            f"{checkpoint} was written {'with' if sharded else 'without'} FSDP, and this run goes"
+            f" {'without' if sharded else 'with'} it, so that it could not read the optimizer's state. Go on as the"
+            " run was begun."
+        )
+
+
+def check_pool(trainer: QuarkTrainer, checkpoint: str | Literal[False]) -> None:
+    """Raises: PoolError when the pool on disk is not as the run wrote it, or not the one of the checkpoint."""
+    pool = trainer.open_pool()
+    if trainer.is_world_process_zero():
+        pool.verify()
+    marker = read_marker(Path(checkpoint)) if checkpoint else None
+    if marker is not None:
+        saw = marker.get("pool_sha256", [])
+        if pool.hashes()[: len(saw)] != saw:
+            raise PoolError(
+                f"{checkpoint} saw another pool than the one in {pool.folder}, so its next losses would be of other"
+                " samples. Give a checkpoint of this run, or put its pool back."
+            )
+
+
+def go_on_from(trainer: QuarkTrainer, checkpoint: str | Literal[False]) -> None:
+    """Takes up the figures where the checkpoint was written, and says so."""
+    args = trainer.args
+    marker: dict[str, Any] = {"step": -1}
+    if checkpoint:
+        told = read_marker(Path(checkpoint))
+        assert told is not None  # `train` takes no other checkpoint
+        marker = told
+    step, measured = marker["step"], marker.get("measured", True)
+    round, inside = divmod(step, args.steps_per_round)
+    trainer._owed = round - 1 if checkpoint and not inside and not measured else None
+    trainer._sums.zero_()
+    if trainer.is_world_process_zero():
+        trainer._sums += torch.tensor(marker.get("sums", [0.0] * 6), dtype=torch.float64)
+        before = None if inside else round
+        trainer.metrics_file.keep_until(step, before, measured or bool(inside), marker.get("metrics"))
+    else:  # the steps are counted by each rank, the rest was summed up over all
+        trainer._sums[5] = marker.get("sums", [0.0] * 6)[5]
+    if checkpoint:
+        max_steps = args.num_rounds * args.steps_per_round
+        lines = first_tells(trainer.metrics_file.lines)  # which rank 0 has just cut
+        last = {k: v for line in lines if line.get("round") == round - 1 for k, v in line.items()}
+        if marker.get("stops_early") or (trainer._owed is not None and trainer._nothing_new(last)):
+            max_steps = step  # the run ended here: what is left is to measure it
+            args.num_train_epochs = round
+        elif step > max_steps:
+            raise ConfigError(
+                f"num_rounds={args.num_rounds} ends at step {max_steps}, but the run in {trainer.folder} is at step"
+                f" {step} already."
+                f" Give num_rounds={-(-step // args.steps_per_round)} or more, or another output_dir."
+            )
+        trainer._is_finished = step >= max_steps and trainer._owed is None
+        what = "is finished" if trainer._is_finished else f"goes on in round {min(round + 1, args.num_rounds)}"
+        trainer.display.line(
+            f"The run in {trainer.folder} {what}: {Path(checkpoint).name} holds step {step} of {max_steps}."
+        )
+
+
+@contextlib.contextmanager
+def no_pickles(checkpoint: str | Literal[False]) -> Iterator[None]:
+    """Within it, a checkpoint that holds more than tensors is one clear error. Raises: ModelError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        if not checkpoint:  # somebody else's, such as a callback's
+            raise
+        raise ModelError(
+            f"A file in {checkpoint} is damaged or holds other things than tensors, and was not loaded: unpickling can"
+            " run a stranger's code. Delete that checkpoint: the run goes on from the one before."
+        ) from error
