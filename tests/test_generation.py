@@ -167,3 +167,21 @@ def test_out_of_memory_halves_the_batch_and_says_so(tiny_model, monkeypatch):
     monkeypatch.setattr(HFCompleter, "_complete_batch", fails_above_five)
     with pytest.warns(UserWarning, match="completions a batch: going on with"):
         assert complete(tiny_model, PROMPTS * 4) == whole
+
+
+@pytest.mark.parametrize("words", [1, 5, 255, 256, 257, 700])
+def test_a_draw_is_the_inverse_of_the_running_sum_whatever_the_number_of_words(words):
+    generator = torch.Generator().manual_seed(words)
+    logits = 3 * torch.randn(400, words, generator=generator)
+    never = torch.rand(400, words, generator=generator) < 0.5
+    never[:, words // 2] = False
+    logits[never] = -torch.inf
+    draws = torch.rand(400, 4, generator=generator)
+    draws[:4, 0] = torch.tensor([0.0, 1.0 - 2**-24, 0.5, 2**-20])
+    drawn = draw_tokens(logits.clone(), draws, GenerationSettings())
+    assert not never.gather(1, drawn[:, None]).any()
+    cdf = logits.double().softmax(1).cumsum(1)
+    above = cdf.gather(1, drawn[:, None]).squeeze(1)
+    below = torch.where(drawn > 0, cdf.gather(1, (drawn - 1).clamp_min(0)[:, None]).squeeze(1), 0.0)
+    assert (below <= draws[:, 0] + 1e-6).all()
+    assert (above >= draws[:, 0] - 1e-6).all()

@@ -277,3 +277,36 @@ def test_the_inner_model_is_found_with_and_without_an_adapter():
     assert causal_lm(model) is model
     assert causal_lm(adapted(model)) is model
     assert causal_lm(model) is model  # PEFT left a peft_config on it
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_a_merged_adapter_samples_the_same_and_the_weights_come_back_bit_for_bit(build):
+    model = get_peft_model(
+        build(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
+    policy, ids = Policy(model), torch.tensor([[5, 6, 7, 8]])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        apart = model(ids).logits
+        with policy.reference() as (reference, _), policy.merged():  # off, it stays off
+            bare = reference(ids).logits
+        with policy.merged():
+            changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
+            torch.testing.assert_close(model(ids).logits, apart)
+        assert len(changed) == sum("lora_A" in name for name in before)
+        assert torch.equal(model(ids).logits, apart)
+        assert (bare - apart).abs().max() > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Model has `tie_word_embeddings")
+def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding():
+    model = get_peft_model(
+        tiny_gpt2(), LoraConfig(r=4, target_modules=["lm_head", "c_attn"], init_lora_weights=False)
+    ).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        apart = model(ids).logits
+        with Policy(model).merged():
+            torch.testing.assert_close(model(ids).logits, apart)

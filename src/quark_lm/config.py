@@ -182,6 +182,13 @@ class QuarkConfig(TrainingArguments):
     explore_token: str = field(
         default="best", metadata={"help": "'best', or 'random' (the paper's losing ablation): whose samples to draw."}
     )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={
+            "help": "Sample with the adapter merged into a copy of its layers' weights: faster, for the memory of that"
+            " copy while sampling."
+        },
+    )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one generation batch. None: fitted to the memory that is free."}
     )

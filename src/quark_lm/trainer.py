@@ -318,7 +318,9 @@ class QuarkTrainer(Trainer):
             self._give_weights()
         conditioned, contrast = branches(self.reward_tokens, prompts, quantile, with_contrast=strength != 1.0)
         done = dict(kept.completions) if kept is not None else {}
-        with self.policy.evaluating(), self.display.bar(verb, len(prompts), "samples") as advance:
+        merges = self.args.merge_adapter and completer is self.hf_completer
+        merged = self.policy.merged() if merges else contextlib.nullcontext()
+        with self.policy.evaluating(), merged, self.display.bar(verb, len(prompts), "samples") as advance:
             advance(len(done))
             batches = completer.complete(
                 conditioned,

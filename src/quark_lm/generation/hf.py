@@ -26,6 +26,8 @@ from . import GenerationSettings, check_strength, uniforms
 _MOST_ROWS = {"cpu": 128, "cuda": 512}
 # Compacting the cache copies it, so it waits until this share of the rows has finished.
 _LEAVE_SHARE = 0.25
+# Words whose weights are summed before one of them is drawn.
+_BLOCK = 256
 
 
 class HFCompleter:
@@ -260,21 +262,23 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationS
         return _draw_sorted(logits, draws[:, 0], settings)
     # inverse CDF on unnormalised weights: the draw is scaled in place of the row
     weights = (logits - logits.amax(1, keepdim=True)).exp_()
-    cdf = weights.cumsum(1)
-    tokens = _invert(cdf, draws[:, 0])
+    sums = _block_sums(weights)
+    tokens = _invert(weights, sums, draws[:, 0])
     if settings.top_p == 1:
         return tokens
     # top-p without sorting, which costs ten times as much: draw from all, and again where the likelier tokens by
     # themselves hold top_p already; what is kept is distributed as if only the set had been drawn from
     rows = torch.arange(len(tokens), device=tokens.device)
+    some, some_sums = weights, sums  # of these rows; most draws are kept at once, so that later copies are small
     for attempt in range(1, draws.shape[1]):
-        drawn = weights[rows].gather(1, tokens[rows, None])
-        likelier = weights[rows].masked_fill_(weights[rows] <= drawn, 0.0).sum(1)
-        rows = rows[likelier >= settings.top_p * cdf[rows, -1]]
+        drawn = some.gather(1, tokens[rows, None])
+        again = some.masked_fill(some <= drawn, 0.0).sum(1) >= settings.top_p * some_sums.sum(1)
+        rows = rows[again]
         if not len(rows):
             return tokens
         if attempt < draws.shape[1] - 1:
-            tokens[rows] = _invert(cdf[rows], draws[rows, attempt])
+            some, some_sums = some[again], some_sums[again]
+            tokens[rows] = _invert(some, some_sums, draws[rows, attempt])
     tokens[rows] = _draw_sorted(logits[rows], draws[rows, -1], settings)
     return tokens
 
@@ -284,24 +288,44 @@ def _draw_sorted(logits: torch.Tensor, draws: torch.Tensor, settings: Generation
     top, ids = logits.topk(min(logits.shape[1], settings.top_k or logits.shape[1]), dim=1)
     weights = top.softmax(1)
     outside = weights.cumsum(1) - weights >= settings.top_p  # the tokens before it hold top_p; the first never is
-    cdf = weights.masked_fill_(outside, 0.0).cumsum(1)
-    return ids.gather(1, _invert(cdf, draws)[:, None]).squeeze(1)
+    weights = weights.masked_fill_(outside, 0.0)
+    return ids.gather(1, _invert(weights, _block_sums(weights), draws)[:, None]).squeeze(1)
 
 
-def _invert(cdf: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The first index whose cdf exceeds draw x total, so that a word of weight 0 is never drawn.
+def _block_sums(weights: torch.Tensor) -> torch.Tensor:
+    """The sums of each _BLOCK words (B, blocks); the last block may be shorter."""
+    whole = weights.shape[1] // _BLOCK * _BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2) if whole else weights[:, :0]
+    return sums if whole == weights.shape[1] else torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
+
+
+def _invert(weights: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """The first index whose cumulated weight exceeds draw x total, so that a word of weight 0 is never drawn.
+
+    First the block, then the word in it: a running sum over all words would take ten times as long.
 
     Raises: ModelError for a row without a finite total, whose index would be that of no word.
     """
+    cdf = sums.cumsum(1)
     total = cdf[:, -1:]
     if not bool(torch.isfinite(total).all()):
         raise ModelError(
             "The model gives logits that are not finite, so nothing can be drawn from them. Use float32 or bfloat16"
             " weights, or an earlier checkpoint."
         )
-    # rounding could give the total itself, above which there is no index
-    point = torch.minimum(draws[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, point, right=True).squeeze(1)
+    point = torch.minimum(draws[:, None] * total, _below(total))
+    block = torch.searchsorted(cdf, point, right=True)
+    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp_min(0)), 0.0)
+    ids = block * _BLOCK + torch.arange(min(_BLOCK, weights.shape[1]), device=weights.device)
+    last = weights.shape[1] - 1
+    inside = weights.gather(1, ids.clamp_max(last)).masked_fill_(ids > last, 0.0).cumsum(1)
+    rest = torch.minimum(point - before, _below(inside[:, -1:]))
+    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(1)
+
+
+def _below(total: torch.Tensor) -> torch.Tensor:
+    """The next smaller number: rounding could give the total itself, above which there is no index."""
+    return torch.nextafter(total, torch.zeros_like(total))
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
