@@ -382,9 +382,10 @@ class Policy:
         from peft.tuners.lora import Linear
 
         words = word_embeddings(self.model)
+        modules: Iterator[Any] = self.model.modules()
         return [
             module
-            for module in self.model.modules()
+            for module in modules
             if type(module) is Linear
             and not module.disable_adapters
             and not module.merged
