@@ -6,6 +6,7 @@ The nodes are two torchrun agents on loopback, which meet as those of two machin
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -202,7 +203,8 @@ def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, 
     assert process.wait(timeout=300) == 1
     after = time.time() - (folder / "died").stat().st_mtime
     log = (folder / "dies.txt").read_text()
-    assert "was killed by SIGKILL, so the others were stopped" in log
+    # gloo may abort the rank that is left before torchrun has looked at the one that was killed
+    assert re.search("was killed by SIG(KILL|ABRT), so the others were stopped", log)
     assert "Traceback" not in log
     assert after < 60  # of a machine that may be busy; a second or two of an idle one
     assert sorted(path.name for path in (folder / "run").glob("checkpoint-*")) == ["checkpoint-3"]
