@@ -20,13 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from peft import LoraConfig
 
-from quark_lm import QuarkConfig, QuarkTrainer, demo, load_reward
-from quark_lm.packaged import fastest_dtype, load_model
-from quark_lm.prompts import split_held_out
+from quark_lm import demo
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "ablations.json"
 NUM_SAMPLES, STEPS, POOL_SEED = 3072, 40, 1000
@@ -39,9 +35,6 @@ COMMON = {
     "heldout_share": 0.33,
     "meaning_rows": 1024,
     "save_strategy": "no",
-    "reward_token_texts": list(TASK.tags),
-    "max_completion_length": 16,
-    "top_p": 0.95,
 }
 # What differs from the default, by the question that it answers.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -79,7 +72,9 @@ def make_pool(folder: Path, model: str) -> Dataset:
     """The base model's samples of the demo's training prompts with their rewards, made once."""
     path = folder / "pool.jsonl"
     if not path.exists():
-        trainer = make_trainer(folder / "sampling", POOL_SEED, model, prompts_first_round=NUM_SAMPLES)
+        trainer, *_ = demo.make_trainer(
+            TASK.name, folder / "sampling", seed=POOL_SEED, model=model, **COMMON, prompts_first_round=NUM_SAMPLES
+        )
         trainer.explore(0)
         table = trainer.open_pool().to_table().select(["prompt", "completion", "reward"])
         rows = [row for row in table.to_pylist() if row["reward"] is not None]
@@ -87,28 +82,19 @@ def make_pool(folder: Path, model: str) -> Dataset:
     return Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])
 
 
-def make_trainer(folder: Path, seed: int, model: str, pool: Dataset | None = None, **settings: Any) -> QuarkTrainer:
-    language_model, tokenizer = load_model(model, dtype=fastest_dtype())
-    train, _ = split_held_out(demo.demo_prompts(TASK.name))
-    args = QuarkConfig(str(folder), **{"seed": seed, "use_cpu": not torch.cuda.is_available(), **COMMON, **settings})
-    adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return QuarkTrainer(
-        language_model,
-        load_reward(TASK.reward),
-        args,
-        train,
-        processing_class=tokenizer,
-        peft_config=adapter,
-        initial_pool=pool,
-    )
-
-
 def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace, pool: Dataset) -> dict[str, Any]:
     settings = dict(settings)
     num = settings.pop("num_samples", len(pool))
     rows = np.random.default_rng(seed).permutation(len(pool))[:num]
     folder = args.runs / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
-    trainer = make_trainer(folder, seed, args.model, pool.select(rows.tolist()), **settings)
+    trainer, *_ = demo.make_trainer(
+        TASK.name,
+        folder,
+        seed=seed,
+        model=args.model,
+        initial_pool=pool.select(rows.tolist()),
+        **{**COMMON, **settings},
+    )
     trainer.train()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = {key: value for line in lines for key, value in line.items()}

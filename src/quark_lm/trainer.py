@@ -36,7 +36,6 @@ from .errors import ConfigError, DataError, GenerationError, ModelError, RewardE
 from .exploring import DROPOUT, EVAL, InitialPool, Watch, aside, explored_columns, score
 from .generation import Completer, GenerationSettings, complete_all, sample_seeds
 from .generation.hf import HFCompleter
-from .generation.vllm import VLLMColocated, VLLMServer, vllm_completer
 from .loss import LossSettings, quark_loss
 from .packaged import PACKAGED, base_name
 from .policy import Policy, causal_lm, check_head, completion_states, disable_dropout, local_part
@@ -64,6 +63,8 @@ from .steering import branches, context_length, eos_ids
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .generation.vllm import VLLMColocated, VLLMServer
 
 RewardFunc = str | Callable[..., Any]
 
@@ -233,6 +234,8 @@ class QuarkTrainer(Trainer):
         self.display = Display(self.is_world_process_zero(), bars=not args.disable_tqdm)
         self.vllm: VLLMColocated | VLLMServer | None = None
         if args.use_vllm:
+            from .generation.vllm import vllm_completer  # with its HTTP client, which other runs need not load
+
             if self.is_fsdp_enabled:
                 raise ConfigError(
                     "use_vllm=True saves the policy for vLLM, and FSDP gives each process a part of it. Use DDP, or"
