@@ -4,6 +4,7 @@ The others are OpenWebText prompts, for sentiment, where they are at hand. One r
 run that was cut off goes on, one that is done is skipped. Results go to docs/results/demo-<task>-seed<seed>.json.
 
     python experiments/demo_runs.py sentiment 0 1 2 --data ../shared/data
+    python experiments/demo_runs.py sentiment 0 1 2 --data ../shared/data --train openwebtext --name owt-sentiment30
     python experiments/demo_runs.py toxicity 0 --set beta=0.1 --name toxicity-beta01
 """
 
@@ -33,6 +34,17 @@ def openwebtext(data: Path) -> Any:
     )
 
 
+def openwebtext_train(data: Path, runs: Path) -> Path:
+    """A file of the same two sets' other prompts; none is among those that are measured."""
+    measured = set(openwebtext(data)["prompt"])
+    sets = (load_prompts(data / name).select_columns(["prompt"]) for name in OPENWEBTEXT)
+    texts = dict.fromkeys(text for rows in sets for text in rows["prompt"] if text not in measured)
+    path = runs / "openwebtext-train.jsonl"
+    runs.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
 def run(task: str, seed: int, args: argparse.Namespace, settings: dict[str, Any]) -> None:
     name = f"{args.name or f'demo-{task}'}-seed{seed}"
     path = RESULTS / f"{name}.json"
@@ -40,7 +52,8 @@ def run(task: str, seed: int, args: argparse.Namespace, settings: dict[str, Any]
         print(f"{name}: done")
         return
     folder = args.runs / name
-    trainer, chosen, rewards = demo.make_trainer(task, folder, seed=seed, model=args.model, **settings)
+    prompts = str(openwebtext_train(args.data, args.runs)) if args.train == "openwebtext" else None
+    trainer, chosen, rewards = demo.make_trainer(task, folder, prompts=prompts, seed=seed, model=args.model, **settings)
     started = time.monotonic()
     trainer.train()
     seconds = folder / "seconds.txt"
@@ -59,6 +72,7 @@ def run(task: str, seed: int, args: argparse.Namespace, settings: dict[str, Any]
         "task": task,
         "seed": seed,
         "command": f"python experiments/demo_runs.py {task} {seed}"
+        + (" --data DIR --train openwebtext" if args.train == "openwebtext" else "")
         + "".join(f" --set {k}={v!r}" for k, v in settings.items()),
         "training_seconds": [int(line) for line in seconds.read_text().split()],
         "rounds": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
@@ -71,11 +85,14 @@ def main() -> None:
     parser.add_argument("task", choices=demo.TASKS)
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--data", type=Path, help="folder with the OpenWebText prompts")
+    parser.add_argument("--train", choices=["demo", "openwebtext"], default="demo", help="whose prompts to train on")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--name", help="of the results, in place of demo-<task>")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a QuarkConfig field")
     args = parser.parse_args()
+    if args.train == "openwebtext" and args.data is None:
+        parser.error("--train openwebtext reads the prompts in --data")
     settings = {}
     for item in args.set:
         key, _, value = item.partition("=")

@@ -19,6 +19,7 @@ from quark_lm.policy import (
     causal_lm,
     check_head,
     completion_log_probs,
+    completion_states,
     disable_dropout,
     run_body,
 )
@@ -310,3 +311,44 @@ def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding():
         apart = model(ids).logits
         with Policy(model).merged():
             torch.testing.assert_close(model(ids).logits, apart)
+
+
+def test_a_float32_lora_beside_bfloat16_weights_is_multiplied_in_bfloat16_and_learns_in_float32():
+    def states(dtype: torch.dtype, casts: bool):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama().to(dtype), LoraConfig(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        seen = set()
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+        batch = {
+            "input_ids": torch.arange(12).view(2, 6),
+            "attention_mask": torch.ones(2, 6, dtype=torch.long),
+            "position_ids": torch.arange(6).expand(2, 6),
+            "rows": torch.tensor([2, 3, 4, 8, 9, 10]),
+        }
+        if casts:  # PEFT by itself
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+            hidden = run_body(model, **inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch["rows"]]
+        else:
+            hidden = completion_states(model, batch)
+        hidden.float().square().sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return hidden.detach().float(), gradients, seen
+
+    exact, exact_gradients, seen = states(torch.float32, False)
+    assert seen == {torch.float32}
+    cast, cast_gradients, seen = states(torch.bfloat16, True)
+    assert seen == {torch.float32}
+    ours, gradients, seen = states(torch.bfloat16, False)
+    assert seen == {torch.bfloat16} and gradients.dtype == torch.float32
+
+    def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        return float((found - wanted).norm() / wanted.norm())
+
+    # no further from float32 than PEFT's own way, whose base weights are rounded too
+    assert error(ours, exact) < 2 * error(cast, exact) < 0.1
+    assert error(gradients, exact_gradients) < 2 * error(cast_gradients, exact_gradients) < 0.2

@@ -292,9 +292,11 @@ class QuarkConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "No dropout while learning, as in the authors' code."}
     )
-    loss_chunk_elements: int = field(
-        default=1 << 24,
-        metadata={"help": "Logits that exist at once while learning, rows x words (64 MiB as float32)."},
+    loss_chunk_elements: int | None = field(
+        default=None,
+        metadata={
+            "help": "Logits that exist at once while learning, rows x words. None: as many as are fast, 16 to 64 MiB."
+        },
     )
 
     # -- rewards

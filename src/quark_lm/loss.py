@@ -17,6 +17,9 @@ HeadFn = Callable[[torch.Tensor], torch.Tensor]
 
 # Stands for "never" in a softmax; finite, so that 0 x it is 0 and not NaN.
 _NEVER = -1e9
+# Logits that exist at once, in float32 64 MiB. On a CPU 16: they stay in its cache, and the C library hands such a
+# block out again where it gives a larger one back to the system, which then clears every page of the next.
+_CHUNK, _CPU_CHUNK = 1 << 24, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class LossSettings:
             entropy when `mask_reward_tokens` (the authors' code leaves them in there).
         temperature: divides the logits, as it did when the samples were drawn: what is learned is the distribution that
             they come from. Samples of temperature .4 learned at 1 would make the next ones those of about .4 x .4.
+        chunk_elements: logits (rows x words) that exist at once; None: as many as are fast, see `_chunk_rows`.
     """
 
     beta: float = 0.05
@@ -35,7 +39,7 @@ class LossSettings:
     entropy_coef: float = 0.0
     mask_reward_tokens: bool = True
     barred: tuple[int, ...] = ()
-    chunk_elements: int = 1 << 24
+    chunk_elements: int | None = None
     temperature: float = 1.0
 
 
@@ -160,7 +164,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden) if hidden.requires_grad else None
         # float32: adding many chunks' gradients in bfloat16 would lose the small ones
         parameter_grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        step = _chunk_rows(head, hidden, settings.chunk_elements)
+        step = _chunk_rows(head, hidden, settings.chunk_elements, learns=bool(parameters))
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             reference_logits = None if reference_hidden is None else reference_head(reference_hidden[rows])
@@ -196,8 +200,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return (hidden_grad, *[None] * 7, *parameter_grads)
 
 
-def _chunk_rows(head: HeadFn, hidden: torch.Tensor, chunk_elements: int) -> int:
-    """The rows whose logits are a chunk."""
+def _chunk_rows(head: HeadFn, hidden: torch.Tensor, chunk_elements: int | None, learns: bool = False) -> int:
+    """The rows whose logits are a chunk.
+
+    learns: the head has a gradient as large as itself, to which each chunk adds: few chunks are best.
+    """
+    if chunk_elements is None:
+        chunk_elements = _CPU_CHUNK if hidden.device.type == "cpu" and not learns else _CHUNK
     # a head around a linear layer knows its width; asking for a row of logits reads the whole layer
     words = getattr(getattr(head, "module", head), "out_features", None)
     if words is None:
@@ -210,7 +219,7 @@ def token_log_probs(
     targets: torch.Tensor,
     head: HeadFn,
     barred: Sequence[int] = (),
-    chunk_elements: int = 1 << 24,
+    chunk_elements: int | None = None,
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """log p of each target, float32 (N,), without gradients and without logits larger than a chunk."""
