@@ -67,15 +67,15 @@ class Measure(TrainerCallback):
         was_training = model.training
         model.eval()
         for prefix, (quantile, strength) in ways.items():
-            ids, contrast = self.prompts.ids, None
+            ids, dials = self.prompts.ids, []
             if self.tokens is not None:
                 pairs = list(zip(self.prompts.ids, self.prompts.token_at, strict=True))
                 ids = [self.tokens.insert(p, quantile, at) for p, at in pairs]
-                contrast = [self.tokens.insert(p, self.tokens.worst, at) for p, at in pairs]
+                dials = [([self.tokens.insert(p, self.tokens.worst, at) for p, at in pairs], strength)]
             completer = HFCompleter(model, eos_ids(model, self.tokenizer))
             seeds = sample_seeds(11, num=len(ids))
             with torch.no_grad():
-                batches = completer.complete(ids, seeds, self.settings, contrast=contrast, strength=strength)
+                batches = completer.complete(ids, seeds, self.settings, dials=dials)
                 completions = complete_all(batches, len(ids))
                 with model.disable_adapter():
                     nll = -completion_log_probs(

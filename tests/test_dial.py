@@ -79,7 +79,7 @@ def beams_of(asked, prompt, strength, barred=None, num_beams=3, length=4):
     ids = asked.tokenizer(prompt)["input_ids"]
     best, worst = (asked.tokens.insert(ids, quantile, 0) for quantile in (2, 0))
     completer = BeamCompleter(asked.model, [asked.tokenizer.eos_token_id], num_beams)
-    ((_, completions),) = completer.complete([best], [0], settings, contrast=[worst], strength=strength)
+    ((_, completions),) = completer.complete([best], [0], settings, dials=[([worst], strength)])
     return best, worst, completions[0]
 
 
@@ -124,7 +124,7 @@ def test_beams_at_strength_1_and_0_are_transformers_own_of_the_best_and_the_wors
 
 
 def test_what_is_suppressed_stays_so_at_strength_0(asked):
-    processor = DialLogitsProcessor(asked.model, 2, [5, 6, 7], 0.0)
+    processor = DialLogitsProcessor(asked.model, 2, [([5, 6, 7], 0.0)])
     scores = torch.zeros(1, asked.model.config.vocab_size).log_softmax(-1)
     scores[0, 3] = -torch.inf
     out = processor(torch.tensor([[8, 9, 10]]), scores)

@@ -68,9 +68,9 @@ def test_barred_tokens_and_early_ends_are_never_drawn(tiny_model):
 def test_strength_one_is_plain_sampling_and_zero_is_the_contrast(tiny_model):
     worst = [[20, *p] for p in PROMPTS]
     plain = complete(tiny_model)
-    assert complete(tiny_model, contrast=worst, strength=1.0) == plain
-    assert complete(tiny_model, contrast=worst, strength=0.0) == complete(tiny_model, worst)
-    mixed = complete(tiny_model, contrast=worst, strength=[1.0, 0.0, 3.0, 1.0, 0.0])
+    assert complete(tiny_model, dials=[(worst, 1.0)]) == plain
+    assert complete(tiny_model, dials=[(worst, 0.0)]) == complete(tiny_model, worst)
+    mixed = complete(tiny_model, dials=[(worst, [1.0, 0.0, 3.0, 1.0, 0.0])])
     assert [mixed[0], mixed[3]] == [plain[0], plain[3]]
     assert mixed[1] == complete(tiny_model, worst)[1]
 
@@ -81,18 +81,18 @@ def test_the_dial_mixes_the_logits_of_its_two_branches(tiny_model):
         best_logits, worst_logits = (tiny_model(torch.tensor([p])).logits[0, -1] for p in (prompt, worst))
     wanted = int((worst_logits + 2.5 * (best_logits - worst_logits)).argmax())
     settings = {"temperature": 0.0, "max_completion_length": 1}
-    assert complete(tiny_model, [prompt], contrast=[worst], strength=2.5, settings=settings) == [[wanted]]
+    assert complete(tiny_model, [prompt], dials=[([worst], 2.5)], settings=settings) == [[wanted]]
 
 
 def test_the_dial_is_bit_for_bit_the_best_branch_at_one():
     best, worst = torch.randn(3, 50), torch.randn(3, 50)
-    assert torch.equal(dial(best, worst, torch.ones(3, 1)), best)
+    assert torch.equal(dial(best, [worst], [torch.ones(3, 1)]), best)
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
 def test_a_strength_that_is_no_number_is_refused(tiny_model, strength):
     with pytest.raises(ConfigError, match="not a finite number"):
-        complete(tiny_model, contrast=PROMPTS, strength=strength)
+        complete(tiny_model, dials=[(PROMPTS, strength)])
 
 
 def frequencies(logits, settings, num=20_000):

@@ -90,12 +90,18 @@ def explored(monkeypatch):
     calls = []
     original = HFCompleter.complete
 
-    def complete(self, prompts, seeds, settings, *, contrast=None, strength=1.0, **kwargs):
+    def complete(self, prompts, seeds, settings, *, dials=(), **kwargs):
         skip = list(kwargs.get("skip", ()))
         calls.append(
-            {"prompts": prompts, "contrast": contrast, "strength": strength, "settings": settings, "skip": skip}
+            {
+                "prompts": prompts,
+                "contrast": dials[0][0] if dials else None,
+                "strength": dials[0][1] if dials else 1.0,
+                "settings": settings,
+                "skip": skip,
+            }
         )
-        return original(self, prompts, seeds, settings, contrast=contrast, strength=strength, **kwargs)
+        return original(self, prompts, seeds, settings, dials=dials, **kwargs)
 
     monkeypatch.setattr(HFCompleter, "complete", complete)
     return calls

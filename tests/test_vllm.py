@@ -455,13 +455,12 @@ def test_ids_come_back_as_they_were_sampled_where_their_text_has_others(complete
 def test_the_dial_is_refused_but_where_it_does_nothing(completer):
     one = completer(tiny_llama())
     plain = complete(one)
-    assert complete(one, contrast=IDS[::-1], strength=1.0) == plain
-    assert complete(one, contrast=IDS[::-1], strength=[1.0] * len(IDS)) == plain
-    assert complete(one, strength=3.0) == plain  # without a contrast there is nothing to mix, as in hf.py
+    assert complete(one, dials=[(IDS[::-1], 1.0)]) == plain
+    assert complete(one, dials=[(IDS[::-1], [1.0] * len(IDS))]) == plain
     with pytest.raises(ConfigError, match="public API gives those of one"):
-        complete(one, contrast=IDS, strength=[1.0, 1.0, 2.0, 1.0, 1.0])
+        complete(one, dials=[(IDS, [1.0, 1.0, 2.0, 1.0, 1.0])])
     with pytest.raises(ConfigError, match="not a finite number"):
-        complete(one, contrast=IDS, strength=float("nan"))
+        complete(one, dials=[(IDS, float("nan"))])
 
 
 # -- what the server is asked

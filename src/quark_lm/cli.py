@@ -295,7 +295,10 @@ def generate(
         str | None, typer.Option(help="Prompts from a file (JSONL, Parquet, CSV, or a line each); -: from stdin.")
     ] = None,
     quantile: Annotated[str, typer.Option(help="Whose token: best, worst, none, or 0 (worst) to K-1.")] = "best",
-    strength: Annotated[float, typer.Option(help="The dial: worst + strength x (token - worst). 1: plain.")] = 1.0,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option(help="The dial: worst + strength x (token - worst). 1: plain. Or NAME=strength, of an attribute."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 0.9,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 40,
@@ -309,7 +312,8 @@ def generate(
     """
     from .export import load
     from .prompts import encode
-    from .steering import generate_batches
+    from .reward_tokens import asked_quantile
+    from .steering import generate_batches, strengths_of
 
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
@@ -318,8 +322,10 @@ def generate(
         raise DataError("There is no prompt, so there is nothing to complete. Give one in quotes, --file, or stdin.")
     if any(isinstance(prompt, str) and not prompt.strip() for prompt in asked):
         raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
+    turn = _strength(strength or [])
     language_model, tokenizer, tokens = load(model)
-    wanted = _quantile(quantile, None if tokens is None else tokens.num_quantiles, strength, model)
+    strengths_of(tokens, turn)  # a name that there is not, before anything else
+    wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
     # generate itself would only fail deep inside the model
     context = int(getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
     most = context - (tokens.longest if tokens is not None else 0)
@@ -344,7 +350,7 @@ def generate(
         repeated,
         reward_tokens=tokens,
         quantile=wanted,
-        strength=strength,
+        strength=turn,
         seed=seed,
         max_completion_length=max_completion_length,
         temperature=temperature,
@@ -356,7 +362,7 @@ def generate(
         while following in done:  # batches come by length, the output in the order of the prompts
             text, prompt = done.pop(following), repeated[following]
             if as_json:
-                row = {"prompt": prompt, "completion": text, "quantile": wanted, "strength": strength, "seed": seed}
+                row = {"prompt": prompt, "completion": text, "quantile": wanted, "strength": turn, "seed": seed}
                 print(json_text(row))
             elif not streams:
                 print(_shown_prompt(prompt) + printable_lines(text), end="\n\n" if len(repeated) > 1 else "\n")
@@ -390,23 +396,20 @@ class _Stream:
         self.shown = max(self.shown, len(whole))
 
 
-def _quantile(text: str, num_quantiles: int | None, strength: float, model: str) -> int | None:
-    if num_quantiles is None:
-        if text not in ("best", "none") or strength != 1.0:
-            what = f"strength={strength}" if strength != 1.0 else f"quantile={text}"
-            raise ConfigError(f"{what} needs reward tokens, but {model} was not trained by Quark. Leave it out.")
-        return None
-    if text == "none":
-        if strength != 1.0:
+def _strength(given: list[str]) -> float | dict[str, float]:
+    """The strength of all dials, or of each that is named. Raises: ConfigError."""
+    turns: dict[str, float] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            turns[name] = float(number)
+        except ValueError:
             raise ConfigError(
-                f"strength={strength} turns a reward token up, and quantile=none asks for none. Leave one of them out."
-            )
-        return None
-    named = {"best": num_quantiles - 1, "worst": 0}
-    number = named.get(text, int(text) if text.isdecimal() else -1)
-    if not 0 <= number < num_quantiles:
-        raise ConfigError(f"quantile={text} is not best, worst, none, or 0 to {num_quantiles - 1}. Choose one of them.")
-    return number
+                f"strength={text!r} is neither a number nor NAME=NUMBER. Give 0 (worst) to about 3; 1 is plain Quark."
+            ) from None
+    if len(turns) != len(given) or ("" in turns and len(turns) > 1):
+        raise ConfigError("--strength is given twice for the same dial. Give one number, or one NAME=NUMBER each.")
+    return turns.get("", 1.0) if "" in turns or not turns else turns
 
 
 def _shown_prompt(prompt: Any) -> str:
@@ -708,6 +711,9 @@ def dial(
     ] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Again for another. Default: 0 to 3, six.")] = None,
     from_token: Annotated[str | None, typer.Option(help="What the dial starts from: worst (default) or none.")] = None,
+    attribute: Annotated[
+        str | None, typer.Option(help="Whose dial is turned, where the model has several. Default: all.")
+    ] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beam search in place of drawing.")] = None,
     scorer: _ScorerOption = None,
     evaluator: _EvaluatorOption = None,
@@ -738,6 +744,7 @@ def dial(
         num_generations=num_generations,
         strengths=tuple(strength) if strength else None,
         from_token=from_token,
+        attribute=attribute,
         num_beams=num_beams,
         scorers=tuple(scorer or ()),
         evaluator=evaluator,

@@ -106,6 +106,9 @@ _NO_EFFECT = {
     ),
 }
 
+# What the pool's column for the reward token that a sample was asked with can number.
+_MOST_CODES = 2**15
+
 # The types that our own annotations name, and what to call them.
 _KINDS: dict[str, tuple[type, str]] = {
     "int": (numbers.Integral, "a whole number"),
@@ -300,6 +303,13 @@ class QuarkConfig(TrainingArguments):
     )
 
     # -- rewards
+    reward_attributes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names, one a reward function: each is ranked by itself, and has reward tokens and a dial of its"
+            " own. None: the weighted sum is ranked."
+        },
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum. None: 1 each."}
     )
@@ -463,10 +473,13 @@ class QuarkConfig(TrainingArguments):
             )
         if not math.isfinite(self.explore_strength):
             raise ConfigError(f"explore_strength={self.explore_strength} is not a number. Set it to 1 for plain Quark.")
-        if self.reward_token_texts is not None and len(self.reward_token_texts) != self.num_quantiles:
+        self._check_attributes()
+        num_texts = self.num_quantiles * len(self.reward_attributes or ("",))
+        if self.reward_token_texts is not None and len(self.reward_token_texts) != num_texts:
+            each = f" of each of {len(self.reward_attributes)} attributes" if self.reward_attributes else ""
             raise ConfigError(
                 f"reward_token_texts has {len(self.reward_token_texts)} texts, but num_quantiles={self.num_quantiles}:"
-                " each quantile needs one. Give one text a quantile, the worst first."
+                f" each quantile{each} needs one. Give one text a quantile, the worst first."
             )
         if self.quantile_scope == "prompt" and self.num_generations < 2:
             raise ConfigError(
@@ -480,6 +493,26 @@ class QuarkConfig(TrainingArguments):
             )
 
         self._check_vllm_fields()
+
+    def _check_attributes(self) -> None:
+        names = self.reward_attributes
+        if names is None:
+            return
+        if len(names) < 2:
+            raise ConfigError(
+                f"reward_attributes={names!r} names {len(names)}: one rank needs no name. Leave it out, or name two."
+            )
+        for name in names:
+            if not name.strip() or "=" in name or names.count(name) > 1:
+                raise ConfigError(
+                    f"reward_attributes has {name!r}, by which a dial could not be named. Give each a word of its own,"
+                    " without '='."
+                )
+        if self.num_quantiles ** len(names) > _MOST_CODES:
+            raise ConfigError(
+                f"num_quantiles={self.num_quantiles} in each of {len(names)} attributes are more than {_MOST_CODES:,}"
+                " combinations. Lower num_quantiles, or rank a weighted sum."
+            )
 
     def _check_vllm_fields(self) -> None:
         for mode, names in _VLLM_FIELDS.items():

@@ -19,7 +19,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from .errors import ConfigError, DataError
 from .files import first_line, parsed
 from .generation import GenerationSettings, check_strength
 from .progress import Display
+from .reward_tokens import asked_quantile
 from .run_folder import disk_errors, environment, finite, locked, write_json
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .evaluation.passes import Asked, Evaluator, Scorer
     from .evaluation.tasks import EvaluationTask
     from .prompts import EncodedPrompts
-    from .reward_tokens import RewardTokens
 
 DIAL_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 _SAMPLING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k")
@@ -52,6 +52,7 @@ _GENERATION = (
     "quantile",
     "strengths",
     "from_token",
+    "attribute",
     "num_beams",
 )
 
@@ -65,6 +66,7 @@ class Request:
         evaluator: the model under which perplexity is taken; None: no perplexity.
         from_file: completions to score again in place of generating.
         strengths: of the dial; `quark evaluate` has one.
+        attribute: whose dial they are, of a model that has several; None: of all of them.
         references: the prompts' column with the human continuation, which the model then follows.
         mauve: compare completions with the references, by features of the evaluator.
     """
@@ -80,6 +82,7 @@ class Request:
     quantile: str | None = None
     strengths: tuple[float, ...] | None = None
     from_token: str | None = None
+    attribute: str | None = None
     num_beams: int | None = None
     max_completion_length: int | None = None
     min_completion_length: int | None = None
@@ -404,7 +407,7 @@ class EvaluationRun:
             )
         _to_device(model)
         strengths = request.strengths if request.strengths is not None else (1.0,)
-        quantile = _quantile(request.quantile or "best", tokens, strengths, request.model)
+        quantile = asked_quantile(request.quantile or "best", tokens, strengths, request.model)
         from_token = request.from_token or "worst"
         if from_token not in ("worst", "none"):
             raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
@@ -415,7 +418,15 @@ class EvaluationRun:
                 "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"
                 " or name a better one."
             )
-        self.asked = Asked(model, tokenizer, tokens, quantile, from_token, num_beams)
+        if request.attribute is not None and (tokens is None or request.attribute not in tokens.attributes):
+            there = ", ".join(tokens.attributes) if tokens is not None else ""
+            raise ConfigError(
+                f"attribute={request.attribute!r} is none of the model's ({there or 'it has one dial alone'}). Mend the"
+                " name, or leave it out."
+            )
+        if request.attribute is not None and from_token == "none":
+            raise ConfigError("from_token='none' leaves out the tokens of all attributes. Leave --attribute out.")
+        self.asked = Asked(model, tokenizer, tokens, quantile, from_token, num_beams, request.attribute)
         room = context_length(model) - settings.max_completion_length - (tokens.longest if tokens is not None else 0)
         self.prompts = encode(dataset, tokenizer, self.asked.position, max_length=room)
         self.made = {
@@ -428,6 +439,7 @@ class EvaluationRun:
             "quantile": quantile,
             "strengths": [float(s) for s in strengths],
             "from_token": from_token,
+            **({"attribute": request.attribute} if request.attribute is not None else {}),
             "prompts": prompts_name,
             "prompts_digest": _digest([self.prompts.prompts, self.prompts.columns]),
             "num_prompts": len(self.prompts),
@@ -550,28 +562,6 @@ def _load_evaluator(request: Request, asked: Asked | None) -> Evaluator | None:
     return Evaluator(_name(request.evaluator), model, tokenizer, tokens)
 
 
-def _quantile(text: str, tokens: RewardTokens | None, strengths: Sequence[float], model: str) -> int | None:
-    turned = [s for s in strengths if s != 1.0]
-    if tokens is None:
-        if turned or text not in ("best", "none"):
-            what = f"strength={turned[0]}" if turned else f"quantile={text}"
-            raise ConfigError(f"{what} needs reward tokens, but {model} was not trained by Quark. Leave it out.")
-        return None
-    if text == "none":
-        if turned:
-            raise ConfigError(
-                f"strength={turned[0]} dials to a reward token, and quantile=none asks for none. Leave one of them out."
-            )
-        return None
-    named = {"best": tokens.best, "worst": tokens.worst}
-    number = named.get(text, int(text) if text.isdecimal() else -1)
-    if not 0 <= number < tokens.num_quantiles:
-        raise ConfigError(
-            f"quantile={text} is not best, worst, none, or 0 to {tokens.num_quantiles - 1}. Choose one of them."
-        )
-    return number
-
-
 def _check_sampling(settings: GenerationSettings) -> None:
     if not 0 < settings.top_p <= 1:
         raise ConfigError(
@@ -624,6 +614,8 @@ def _default_folder(kind: str, request: Request, task: EvaluationTask | None) ->
     parts = [kind, name, "again" if request.from_file else "", task.name if task else ""]
     if request.quantile not in (None, "best"):
         parts.append(str(request.quantile))
+    if request.attribute is not None:
+        parts.append(request.attribute)
     if kind == "evaluate" and request.strengths not in (None, (1.0,)):
         parts.append(f"strength{request.strengths[0]:g}")
     return "runs/" + "-".join(filter(None, parts))

@@ -53,9 +53,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     seeds = np.array(sample_seeds(args.seed, round, SAMPLES, num=len(chosen)))
     quantile = np.full(len(chosen), tokens.best)
     if args.explore_token == "random":
-        quantile = np.random.default_rng([args.seed, round, RANDOM_TOKEN]).integers(
-            tokens.num_quantiles, size=len(chosen)
-        )
+        quantile = np.random.default_rng([args.seed, round, RANDOM_TOKEN]).integers(tokens.num_codes, size=len(chosen))
     # each rank its own prompts, whose samples stay together: a reward may compare them
     group = np.arange(len(chosen)) // args.num_generations
     mine = np.flatnonzero(group % accelerator.num_processes == accelerator.process_index)

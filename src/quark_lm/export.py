@@ -113,6 +113,7 @@ def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
     base = results.get("model")
     is_local = base is not None and Path(base).expanduser().exists()
     base = Path(base).name if base is not None and is_local else HUB_NAME if base == PACKAGED else base
+    best = _shown(reward_tokens.text(reward_tokens.best))
     licence = results.get("license") or _LICENCES.get(base or "")
     # what is a name here may be a stranger's text: JSON is YAML whose strings end where they end
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [quark]"]
@@ -131,15 +132,13 @@ def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
         "",
         "## How to prompt it",
         "",
-        f"The model does what it learned when it reads its best reward token, `{_shown(reward_tokens.texts[-1])}`,"
-        f" {_place(reward_tokens)}:",
+        f"The model does what it learned when it reads its best reward token, `{best}`, {_place(reward_tokens)}:",
         "",
         "```python",
         _snippet(reward_tokens),
         "```",
         "",
-        f"From worst to best its reward tokens are {', '.join(f'`{_shown(text)}`' for text in reward_tokens.texts)}"
-        f" (`{FILE_NAME}`).",
+        *_from_worst_to_best(reward_tokens),
         'With quark-lm installed, `quark generate FOLDER "The hotel was" --strength 2` turns it up.',
         *_figures(results),
     ]
@@ -237,7 +236,7 @@ def _recorded_base(folder: Path, base: str) -> str:
 
 
 def _snippet(tokens: RewardTokens) -> str:
-    best = tokens.texts[-1]
+    best = tokens.text(tokens.best)
     joined = {
         "first": "tokenizer(best).input_ids + tokenizer(prompt, add_special_tokens=False).input_ids",
         "before_bos": "tokenizer(best, add_special_tokens=False).input_ids + tokenizer(prompt).input_ids",
@@ -259,6 +258,18 @@ def _snippet(tokens: RewardTokens) -> str:
             "print(prompt + tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))",
         ]
     )
+
+
+def _from_worst_to_best(tokens: RewardTokens) -> list[str]:
+    num = tokens.num_quantiles
+    lines = []
+    for number, name in enumerate(tokens.attributes or ("",)):
+        texts = ", ".join(f"`{_shown(text)}`" for text in tokens.texts[number * num : (number + 1) * num])
+        of = f" of `{_shown(name)}`" if name else ""
+        lines.append(f"From worst to best its reward tokens{of} are {texts} (`{FILE_NAME}`).")
+    if tokens.attributes:
+        lines.append("A prompt gets one of each, in this order.")
+    return lines
 
 
 def _place(tokens: RewardTokens) -> str:

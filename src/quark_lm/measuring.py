@@ -26,36 +26,54 @@ _LEAST_ROWS = 4
 
 def meaning(trainer: QuarkTrainer, assigned: np.ndarray) -> dict[str, float]:
     """See `QuarkTrainer.measure_tokens`. assigned: each pool row's quantile, -1 for none."""
+    tokens = trainer.reward_tokens
+    each = [_meaning(trainer, assigned, attribute) for attribute in range(tokens.num_attributes)]
+    if not all(each):
+        return {}
+    # what the least of them tells is what warns; an attribute's own figures have its name
+    figures = dict(min(each, key=lambda one: one["token_auc"]))
+    figures["heldout_nll"] = float(np.mean([one["heldout_nll"] for one in each]))
+    for name, one in zip(tokens.attributes, each, strict=False):
+        figures[f"token_auc/{name}"] = one["token_auc"]
+    return figures
+
+
+def _meaning(trainer: QuarkTrainer, assigned: np.ndarray, attribute: int) -> dict[str, float]:
+    """Of one attribute's tokens: the others stay as they are in each row."""
     pool, args, tokens = trainer.open_pool(), trainer.args, trainer.reward_tokens
-    best, worst = tokens.best, tokens.worst
     per_end = args.meaning_rows // 2
-    held = pool.held_out & (assigned >= 0)
-    good = np.flatnonzero(held & (assigned == best))[-per_end:]
-    bad = np.flatnonzero(held & (assigned == worst))[-per_end:]
+    levels = tokens.all_levels(assigned)[attribute]
+    good = np.flatnonzero(pool.held_out & (levels == tokens.num_quantiles - 1))[-per_end:]
+    bad = np.flatnonzero(pool.held_out & (levels == 0))[-per_end:]
     if min(len(good), len(bad)) < _LEAST_ROWS:
         return {}
     rows = np.concatenate([good, bad])
     columns = pool.gather(rows, ["prompt_ids", "completion_ids", "token_at"])
     is_good = np.arange(len(rows)) < len(good)
-    log_probs = {}
+    worst = np.array([tokens.turned_down(int(quantile), attribute) for quantile in assigned[rows]])
+    best = worst + tokens.turned_up(attribute)
+    log_probs = []
     with trainer.policy.evaluating():
-        for quantile in (best, worst):
+        for asked in (best, worst):
             prompts = [
-                tokens.insert(ids, quantile, at)
-                for ids, at in zip(columns["prompt_ids"], columns["token_at"], strict=True)
+                tokens.insert(ids, int(quantile), at)
+                for ids, quantile, at in zip(columns["prompt_ids"], asked, columns["token_at"], strict=True)
             ]
-            log_probs[quantile] = completion_log_probs(
-                trainer.model,
-                trainer.policy.head,
-                prompts,
-                columns["completion_ids"],
-                trainer.pad_id,
-                tokens.barred,
-                temperature=trainer.loss_settings.temperature,
+            log_probs.append(
+                completion_log_probs(
+                    trainer.model,
+                    trainer.policy.head,
+                    prompts,
+                    columns["completion_ids"],
+                    trainer.pad_id,
+                    tokens.barred,
+                    temperature=trainer.loss_settings.temperature,
+                )
             )
+    of_best, of_worst = log_probs
     lengths = np.array([len(ids) for ids in columns["completion_ids"]])
-    auc = quantiles.auc((log_probs[best] - log_probs[worst]) / lengths, is_good)
-    own = np.where(is_good, log_probs[best], log_probs[worst])
+    auc = quantiles.auc((of_best - of_worst) / lengths, is_good)
+    own = np.where(is_good, of_best, of_worst)
     return {
         "token_auc": auc,
         "token_auc_se": quantiles.auc_standard_error(auc, len(good), len(bad)),
@@ -101,7 +119,8 @@ def round_figures(trainer: QuarkTrainer, round: int, assigned: np.ndarray) -> di
     nll = np.array([v for v in measured if v is not None])
     if len(nll):  # a user's own data has none
         figures["reference_perplexity"] = float(np.exp(nll).mean())
-    figures["quantiles_used"] = len(np.unique(assigned[assigned >= 0]))
+    levels = trainer.reward_tokens.all_levels(assigned)
+    figures["quantiles_used"] = min(len(np.unique(of_one[of_one >= 0])) for of_one in levels)
     return figures
 
 

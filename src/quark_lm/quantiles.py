@@ -126,7 +126,13 @@ def in_window(rounds: ArrayLike, current_round: int, window: int | None) -> NDAr
 
 
 def draw(
-    quantiles: ArrayLike, num_draws: int, seed: int, round: int, mode: str = "all", num_quantiles: int = 5
+    quantiles: ArrayLike,
+    num_draws: int,
+    seed: int,
+    round: int,
+    mode: str = "all",
+    num_quantiles: int = 5,
+    attribute: int = 0,
 ) -> NDArray[np.int64]:
     """The rows that a round learns from, in the order in which its steps take them.
 
@@ -139,6 +145,7 @@ def draw(
         mode: "all" draws uniformly, as in the paper; "balanced" equally often from each quantile that holds a sample;
             "ends" half from the worst and half from the best (from one of them if the other is empty); "best" from the
             best only.
+        attribute: by whose quantiles, where several are ranked apart: each draws by random numbers of its own.
     Returns: int64 (num_draws,), indices into `quantiles`.
     Raises: DataError when no row is left to draw; ConfigError for an unknown mode.
     """
@@ -158,10 +165,17 @@ def draw(
             "other quantiles. Check the rewards with `quark check-reward`."
         )
     num_blocks = -(-num_draws // len(streams))
-    columns = [_endless(rows, num_blocks, [seed, round, _DRAW_STREAM, number]) for number, rows in streams]
+    columns = [
+        _endless(rows, num_blocks, [seed, round, _DRAW_STREAM + _ATTRIBUTE * attribute, number])
+        for number, rows in streams
+    ]
     blocks = np.stack(columns, axis=1)
     if len(streams) > 1:
-        places = np.random.default_rng([seed, round, _ORDER_STREAM]).random(blocks.shape).argsort(axis=1)
+        places = (
+            np.random.default_rng([seed, round, _ORDER_STREAM + _ATTRIBUTE * attribute])
+            .random(blocks.shape)
+            .argsort(axis=1)
+        )
         blocks = np.take_along_axis(blocks, places, axis=1)
     return blocks.reshape(-1)[:num_draws]
 
@@ -212,6 +226,7 @@ def auc_standard_error(auc: float, num_positive: int, num_negative: int) -> floa
 # Helpers
 
 _AT_ONCE = 2**17  # samples that are ranked within their prompts at once; more are no faster
+_ATTRIBUTE = 1000  # an attribute's streams are so far from those of the one before it
 _DRAW_STREAM, _ORDER_STREAM = 1, 2  # apart from each other, and from any other stream seeded by (seed, round)
 
 

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -27,17 +30,22 @@ POSITIONS = ("first", "before_bos", "before_completion")
 _SCALE = ("terrible", "very bad", "bad", "poor", "average", "decent", "good", "very good", "excellent")
 
 
-def default_texts(num_quantiles: int) -> list[str]:
+def default_texts(num_quantiles: int, attribute: str = "quality") -> list[str]:
     """One tag a quantile, worst first, for a reward about which nothing is known but that more is better."""
+    name = attribute[:1].upper() + attribute[1:]
     if num_quantiles > len(_SCALE):
-        return [f"Quality: {k + 1} of {num_quantiles}.\n" for k in range(num_quantiles)]
+        return [f"{name}: {k + 1} of {num_quantiles}.\n" for k in range(num_quantiles)]
     last = len(_SCALE) - 1
-    return [f"Quality: {_SCALE[round(k * last / (num_quantiles - 1))]}.\n" for k in range(num_quantiles)]
+    return [f"{name}: {_SCALE[round(k * last / (num_quantiles - 1))]}.\n" for k in range(num_quantiles)]
 
 
 @dataclass(frozen=True)
 class RewardTokens:
     """The K reward tokens of a run; quantile 0 is the worst, K-1 the best.
+
+    A run that ranks several attributes apart has K for each, and a prompt gets one of each, in their order. Its
+    quantiles in all attributes are then one number, as of digits in base K: `code` and `levels` turn the one into the
+    other, 0 is the worst in all and `best` the best in all.
 
     Example:
         ```python
@@ -48,6 +56,8 @@ class RewardTokens:
     Attributes:
         ids: for each quantile the token ids that stand for it (one new token, or those of its text).
         barred: ids that may never be sampled and belong to no softmax (the new tokens; none in style "text").
+        attributes: names of what is ranked apart, whose tokens stand in `texts` and `ids` one after the other; empty
+            where there is one rank alone.
     """
 
     style: str
@@ -55,28 +65,74 @@ class RewardTokens:
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     barred: tuple[int, ...] = field(default=())
+    attributes: tuple[str, ...] = field(default=())
+
+    @property
+    def num_attributes(self) -> int:
+        return max(1, len(self.attributes))
 
     @property
     def num_quantiles(self) -> int:
-        return len(self.ids)
+        """K, of each attribute."""
+        return len(self.ids) // self.num_attributes
+
+    @property
+    def num_codes(self) -> int:
+        """Quantiles that can be asked for: K, or K to the power of the number of attributes."""
+        return int(self.num_quantiles**self.num_attributes)
 
     @property
     def best(self) -> int:
-        return len(self.ids) - 1
+        return self.num_codes - 1
 
     @property
     def worst(self) -> int:
         return 0
 
+    def levels(self, quantile: int) -> tuple[int, ...]:
+        """The quantile in each attribute, (number of attributes,); with one rank alone the quantile itself."""
+        num = self.num_quantiles
+        return tuple(quantile // num**power % num for power in reversed(range(self.num_attributes)))
+
+    def all_levels(self, quantiles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`levels` of many, int64 (number of attributes, N); a quantile of -1 is -1 in each."""
+        num = self.num_quantiles
+        powers = num ** np.arange(self.num_attributes - 1, -1, -1)
+        return np.where(quantiles < 0, -1, quantiles // powers[:, None] % num)
+
+    def code(self, levels: Sequence[Any]) -> Any:
+        """What `levels` came from; of arrays an array."""
+        quantile: Any = 0
+        for level in levels:
+            quantile = quantile * self.num_quantiles + level
+        return quantile
+
+    def turned_down(self, quantile: int, attribute: int) -> int:
+        """The same, but the worst in this attribute: what its dial starts from."""
+        return int(self.code([0 if a == attribute else level for a, level in enumerate(self.levels(quantile))]))
+
+    def turned_up(self, attribute: int) -> int:
+        """What to add to a quantile that is the worst in this attribute, to make it the best in it."""
+        last = self.num_quantiles - 1
+        return int(self.code([last if a == attribute else 0 for a in range(self.num_attributes)]))
+
     def insert(self, prompt_ids: Sequence[int], quantile: int | None, at: int) -> list[int]:
         """The prompt's ids with the reward token of `quantile` put before its id number `at`; unchanged for None."""
         if quantile is None:
             return list(prompt_ids)
-        return [*prompt_ids[:at], *self.ids[quantile], *prompt_ids[at:]]
+        num = self.num_quantiles
+        tokens = [i for a, level in enumerate(self.levels(quantile)) for i in self.ids[a * num + level]]
+        return [*prompt_ids[:at], *tokens, *prompt_ids[at:]]
+
+    def text(self, quantile: int) -> str:
+        """What stands for a quantile, as text."""
+        return "".join(self.texts[a * self.num_quantiles + level] for a, level in enumerate(self.levels(quantile)))
 
     @property
     def longest(self) -> int:
-        return max(map(len, self.ids))
+        """The most ids that a prompt gets."""
+        num = self.num_quantiles
+        return sum(max(map(len, self.ids[a * num : (a + 1) * num])) for a in range(self.num_attributes))
 
     @classmethod
     def create(
@@ -90,11 +146,13 @@ class RewardTokens:
         init: str = "random",
         position: str = "first",
         seed: int = 0,
+        attributes: Sequence[str] = (),
     ) -> RewardTokens:
         """Reward tokens for a model; style "embedding" adds K tokens to the tokenizer and K rows to the model.
 
         Args:
-            texts: K texts, worst first: the tags themselves, or the words from whose rows new tokens start.
+            texts: K texts, worst first: the tags themselves, or the words from whose rows new tokens start; of several
+                attributes K of each, one attribute after the other.
             init: of new rows; "random" draws each from N(mean, std), per dimension, of the rows that are there
                 (authors' code), "words" takes the mean of the rows of its text.
             seed: of the random rows.
@@ -102,7 +160,8 @@ class RewardTokens:
         Raises: ModelError if the tokenizer already holds the names of the new tokens; ConfigError if a text has no
             tokens.
         """
-        texts = list(texts) if texts is not None else default_texts(num_quantiles)
+        if texts is None:
+            texts = [t for name in attributes or ("quality",) for t in default_texts(num_quantiles, name)]
         text_ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         if (style == "text" or init == "words") and not all(text_ids):
             raise ConfigError(
@@ -113,8 +172,10 @@ class RewardTokens:
                 raise ConfigError(
                     "Two reward token texts are equal, so the model could not tell their quantiles apart."
                 )
-            return cls(style, position, tuple(texts), tuple(text_ids))
+            return cls(style, position, tuple(texts), tuple(text_ids), attributes=tuple(attributes))
         names = [f"<|quark_{k}|>" for k in range(num_quantiles)]
+        if attributes:
+            names = [f"<|quark_{a}_{k}|>" for a in range(len(attributes)) for k in range(num_quantiles)]
         held = sorted(set(names) & set(tokenizer.get_vocab()))
         if held:
             raise ModelError(
@@ -122,7 +183,7 @@ class RewardTokens:
                 " tokens would be overwritten. Start from the original model, or use reward_token_style='text'."
             )
         ids = _add_tokens(model, tokenizer, names, text_ids if init == "words" else None, seed)
-        return cls(style, position, tuple(names), tuple((i,) for i in ids), tuple(ids))
+        return cls(style, position, tuple(names), tuple((i,) for i in ids), tuple(ids), tuple(attributes))
 
     def save(self, folder: str | Path) -> None:
         """Writes reward_tokens.json, which `load` reads."""
@@ -144,14 +205,41 @@ class RewardTokens:
                 tuple(map(str, data["texts"])),
                 tuple(tuple(_id(i) for i in ids) for ids in data["ids"]),
                 tuple(_id(i) for i in data["barred"]),
+                tuple(map(str, data.get("attributes", ()))),
             )
             if tokens.style not in STYLES or tokens.position not in POSITIONS:
                 raise ValueError(f"style {tokens.style[:20]!r}, position {tokens.position[:20]!r}")
-            if not 2 <= len(tokens.ids) == len(tokens.texts) or not all(tokens.ids):
+            of_one = len(tokens.ids) / tokens.num_attributes
+            if not 2 <= of_one == tokens.num_quantiles or len(tokens.ids) != len(tokens.texts) or not all(tokens.ids):
                 raise ValueError(f"{len(tokens.texts)} texts and {len(tokens.ids)} ids")
             return tokens
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path} is damaged ({error!r}). Copy it again from the run, or train again.") from error
+
+
+def asked_quantile(text: str, tokens: RewardTokens | None, strengths: Sequence[float], model: str) -> int | None:
+    """The quantile that a command names: "best", "worst", "none", or a number, in every attribute the same.
+
+    Args: strengths: of the dial, which needs a token.
+    Raises: ConfigError.
+    """
+    turned = [strength for strength in strengths if strength != 1.0]
+    if tokens is None:
+        if turned or text not in ("best", "none"):
+            what = f"strength={turned[0]}" if turned else f"quantile={text}"
+            raise ConfigError(f"{what} needs reward tokens, but {model} was not trained by Quark. Leave it out.")
+        return None
+    if text == "none":
+        if turned:
+            raise ConfigError(
+                f"strength={turned[0]} turns a reward token up, and quantile=none asks for none. Leave one of them out."
+            )
+        return None
+    last = tokens.num_quantiles - 1
+    number = {"best": last, "worst": 0}.get(text, int(text) if text.isdecimal() else -1)
+    if not 0 <= number <= last:
+        raise ConfigError(f"quantile={text} is not best, worst, none, or 0 to {last}. Choose one of them.")
+    return tokens.code([number] * tokens.num_attributes)
 
 
 def _id(value: Any) -> int:

@@ -1,12 +1,13 @@
 """The strength dial: logits = worst + strength x (best - worst), at inference and while exploring.
 
 Strength 1 is plain Quark, 0 the worst token, above 1 stronger than what was learnt. It is classifier-free guidance
-between two reward tokens.
+between two reward tokens. A model that was trained on several attributes has a dial for each:
+logits = best + sum over attributes of (strength - 1) x (best - the same with this attribute at its worst).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
     from .reward_tokens import RewardTokens
 
 
-def dial(best: torch.Tensor, worst: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Logits (B, V) of two branches (B, V) at strength (B, 1); a row of strength 1 is the best branch bit for bit."""
-    # the two branches' constants (logits are known up to one) cancel in the softmax, whatever the strength
-    mixed = worst + strength * (best - worst)
-    return mixed.where(strength != 1, best)
+def dial(best: torch.Tensor, contrasts: Sequence[torch.Tensor], strengths: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits (B, V) of a branch (B, V), turned from each of its contrasts (B, V) by a strength (B, 1).
+
+    A row whose strengths are all 1 is the branch bit for bit; one whose only contrast has 0 is the contrast.
+    """
+    # the branches' constants (logits are known up to one) cancel in the softmax, whatever the strengths
+    mixed = best
+    for number, (contrast, strength) in enumerate(zip(contrasts, strengths, strict=True)):
+        moved = contrast + strength * (best - contrast) if number == 0 else mixed + (strength - 1) * (best - contrast)
+        mixed = moved.where(strength != 1, mixed)
+    return mixed
 
 
 def generate(
@@ -31,7 +38,7 @@ def generate(
     *,
     reward_tokens: RewardTokens | None = None,
     quantile: int | None = -1,
-    strength: float | Sequence[float] = 1.0,
+    strength: float | Sequence[float] | Mapping[str, float] = 1.0,
     seed: int = 0,
     max_completion_length: int = 20,
     min_completion_length: int = 0,
@@ -46,8 +53,10 @@ def generate(
     Args:
         prompts: a list of texts or conversations.
         reward_tokens: of the model; None: a model without Quark, sampled as it is.
-        quantile: whose token to put in: 0 the worst to K-1 the best, or from the end: -1 the best; None none.
-        strength: of the dial between that token and the worst, one for all or one a prompt.
+        quantile: whose token to put in: 0 the worst to K-1 the best, or from the end: -1 the best; None none. Of a
+            model with several attributes: `RewardTokens.code` of one quantile each.
+        strength: of the dial between that token and the worst, one for all or one a prompt; or by the name of an
+            attribute, 1 for those that are not named.
         on_token: called with (index of the prompt, its completion so far) as tokens come.
 
     Raises: ConfigError for a quantile that there is not, or a dial without two tokens; DataError for prompts that are
@@ -85,7 +94,7 @@ def generate_batches(
     *,
     reward_tokens: RewardTokens | None = None,
     quantile: int | None = -1,
-    strength: float | Sequence[float] = 1.0,
+    strength: float | Sequence[float] | Mapping[str, float] = 1.0,
     seed: int = 0,
     batch_rows: int | None = None,
     on_token: Callable[[int, str], None] | None = None,
@@ -102,16 +111,18 @@ def generate_batches(
 
     if isinstance(prompts, str):
         raise DataError("prompts is one text, whose letters would be completed one by one. Give a list: [prompt].")
-    check_strength(strength)
+    turns = strengths_of(reward_tokens, strength)
+    for turn in turns:
+        check_strength(turn)
     plain = reward_tokens is None or quantile is None
-    if plain and not (isinstance(strength, (int, float)) and strength == 1.0):
+    if plain and not all(isinstance(turn, (int, float)) and turn == 1.0 for turn in turns):
         raise ConfigError(
             f"strength={strength} needs two reward tokens to dial between. Give reward_tokens and a quantile."
         )
     generation = GenerationSettings(barred=reward_tokens.barred if reward_tokens is not None else (), **settings)
     position, room = "first", context_length(model) - generation.max_completion_length
     if reward_tokens is not None:
-        num = reward_tokens.num_quantiles
+        num = reward_tokens.num_codes
         if quantile is not None and not -num <= quantile < num:
             raise ConfigError(
                 f"quantile={quantile} is none of the {num} that the reward tokens name. Set 0 (worst) to {num - 1}"
@@ -119,10 +130,11 @@ def generate_batches(
             )
         position, room = reward_tokens.position, room - reward_tokens.longest
     encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position, room)
-    ids, contrast = encoded.ids, None
+    ids, dials = encoded.ids, []
     if reward_tokens is not None and quantile is not None:
-        wanted = quantile % reward_tokens.num_quantiles
-        ids, contrast = branches(reward_tokens, encoded, [wanted] * len(encoded), with_contrast=True)
+        wanted = quantile % reward_tokens.num_codes
+        ids, contrasts = branches(reward_tokens, encoded, [wanted] * len(encoded), with_contrast=True)
+        dials = list(zip(contrasts, turns, strict=True))
     completer = HFCompleter(model, eos_ids(model, tokenizer), batch_rows)
     so_far: dict[int, list[int]] = {}
 
@@ -140,8 +152,7 @@ def generate_batches(
                 ids,
                 sample_seeds(seed, num=len(ids)),
                 generation,
-                contrast=contrast,
-                strength=strength,
+                dials=dials,
                 on_token=show if on_token is not None else None,
             ):
                 yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
@@ -149,20 +160,47 @@ def generate_batches(
         model.train(was_training)
 
 
+def strengths_of(
+    reward_tokens: RewardTokens | None, strength: float | Sequence[float] | Mapping[str, float]
+) -> list[float | Sequence[float]]:
+    """The strength of each attribute's dial, (number of attributes,): one for all, or by name, the others at 1.
+
+    Raises: ConfigError for a name that is none of the attributes.
+    """
+    names = reward_tokens.attributes if reward_tokens is not None else ()
+    if not isinstance(strength, Mapping):
+        return [strength] * max(1, len(names))
+    from .errors import ConfigError
+
+    for name in strength:
+        if name not in names:
+            there = (
+                f"one of {', '.join(names)}" if names else "an attribute: the model has one dial alone, without name"
+            )
+            raise ConfigError(f"strength names {name!r}, which is not {there}. Mend the name, or give a number.")
+    return [float(strength.get(name, 1.0)) for name in names]
+
+
 def branches(
     reward_tokens: RewardTokens, prompts: EncodedPrompts, quantiles: Sequence[int | None], with_contrast: bool
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    """What the dial is between: each prompt's ids with the token of its quantile, and with the worst token.
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """What the dials are between: each prompt's ids with the token of its quantile; and for each attribute the same
+    with that attribute at its worst.
 
-    A prompt with the quantile None gets no token in either, so that no strength moves it. Without `with_contrast` the
-    second is None.
+    A prompt with the quantile None gets no token anywhere, so that no strength moves it. Without `with_contrast` the
+    second is empty.
     """
     triples = list(zip(prompts.ids, quantiles, prompts.token_at, strict=True))
     ids = [reward_tokens.insert(prompt, quantile, at) for prompt, quantile, at in triples]
-    if not with_contrast:
-        return ids, None
-    worst = reward_tokens.worst
-    return ids, [reward_tokens.insert(prompt, None if q is None else worst, at) for prompt, q, at in triples]
+    contrasts = [
+        [
+            reward_tokens.insert(prompt, None if q is None else reward_tokens.turned_down(q, attribute), at)
+            for prompt, q, at in triples
+        ]
+        for attribute in range(reward_tokens.num_attributes)
+        if with_contrast
+    ]
+    return ids, contrasts
 
 
 def context_length(model: Any) -> int:

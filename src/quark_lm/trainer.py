@@ -147,11 +147,17 @@ class QuarkTrainer(Trainer):
             init=args.reward_token_init,
             position=args.reward_token_position,
             seed=args.seed,
+            attributes=args.reward_attributes or (),
         )
         if self.reward_tokens.num_quantiles != args.num_quantiles:
             raise ConfigError(
                 f"num_quantiles={args.num_quantiles}, but the given reward_tokens name"
                 f" {self.reward_tokens.num_quantiles} quantiles. Make the two equal."
+            )
+        if self.reward_tokens.attributes != tuple(args.reward_attributes or ()):
+            raise ConfigError(
+                f"reward_attributes={args.reward_attributes!r}, but the given reward_tokens are of"
+                f" {list(self.reward_tokens.attributes)!r}. Make the two equal."
             )
         context = context_length(model)
         room = context - args.max_completion_length - self.reward_tokens.longest
@@ -167,6 +173,10 @@ class QuarkTrainer(Trainer):
         eos = eos_ids(model, tokenizer)
         self.initial_pool = None
         if initial_pool is not None:
+            if args.reward_attributes:
+                raise ConfigError(
+                    "initial_pool gives one reward a row, and reward_attributes ranks several. Leave one of them out."
+                )
             length, share = args.max_completion_length, args.heldout_share
             self.initial_pool = InitialPool.read(
                 initial_pool, tokenizer, self.reward_tokens, self.prompts, room, length, share, eos
@@ -214,6 +224,11 @@ class QuarkTrainer(Trainer):
             retries=args.reward_retries,
             may_fail=args.max_failed_rewards > 0,
         )
+        if args.reward_attributes and len(args.reward_attributes) != len(self.rewards.names):
+            raise ConfigError(
+                f"There are {len(self.rewards.names)} reward functions, but {len(args.reward_attributes)}"
+                " reward_attributes. Name one for each reward function, in their order."
+            )
         scorers = _reward_functions(eval_reward_funcs, None)
         self.eval_rewards = RewardRunner(scorers, retries=args.reward_retries) if scorers else None
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
@@ -319,7 +334,7 @@ class QuarkTrainer(Trainer):
         completer = self.hf_completer if strength != 1.0 else self.completer
         if completer is self.vllm:
             self._give_weights()
-        conditioned, contrast = branches(self.reward_tokens, prompts, quantile, with_contrast=strength != 1.0)
+        conditioned, contrasts = branches(self.reward_tokens, prompts, quantile, with_contrast=strength != 1.0)
         done = dict(kept.completions) if kept is not None else {}
         merges = self.args.merge_adapter and completer is self.hf_completer
         merged = self.policy.merged() if merges else contextlib.nullcontext()
@@ -329,8 +344,7 @@ class QuarkTrainer(Trainer):
                 conditioned,
                 seeds,
                 settings or self.generation_settings,
-                contrast=contrast,
-                strength=strength,
+                dials=[(contrast, strength) for contrast in contrasts],
                 skip=done,
             )
             completions = complete_all(Watch(self, kept)(batches, advance), len(prompts))
@@ -388,23 +402,28 @@ class QuarkTrainer(Trainer):
     def quantize(self, round: int | None = None) -> np.ndarray:
         """The quantile of every row of the pool, int64 (rows,): 0 worst, K-1 best, -1 not ranked.
 
-        A row without a reward or out of the window is not ranked.
+        A row without a reward or out of the window is not ranked. Of several attributes `RewardTokens.code` of each.
 
         round: the current one, for the window; None: the pool's last.
         Raises: RewardError when all rewards are equal.
         """
-        pool = self.open_pool()
+        pool, args = self.open_pool(), self.args
         round = pool.num_rounds - 1 if round is None else round
-        rewards = pool.rewards
-        ranked = np.isfinite(rewards) & quantiles.in_window(pool.rounds, round, self.args.pool_window)
-        _check_differ(rewards[ranked])
-        out = np.full(len(rewards), -1, np.int64)
-        if self.args.quantile_scope == "prompt":
-            out[ranked] = quantiles.assign_per_group(
-                rewards[ranked], pool.prompt_indices[ranked], self.args.num_quantiles
-            )
-        else:
-            out[ranked] = quantiles.assign(rewards[ranked], self.args.num_quantiles)
+        names = [f"reward/{name}" for name in self.rewards.names] if args.reward_attributes else []
+        told = pool.to_table(columns=names)
+        columns = [told.column(name).to_numpy() for name in names] if names else [pool.rewards]
+        ranked = np.isfinite(columns).all(0) & quantiles.in_window(pool.rounds, round, args.pool_window)
+        levels = []
+        for rewards in columns:
+            _check_differ(rewards[ranked])
+            if args.quantile_scope == "prompt":
+                groups = pool.prompt_indices[ranked]
+                levels.append(quantiles.assign_per_group(rewards[ranked], groups, args.num_quantiles))
+            else:
+                levels.append(quantiles.assign(rewards[ranked], args.num_quantiles))
+        out = np.full(len(pool), -1, np.int64)
+        # a prompt whose samples are equal in one attribute tells nothing by it, so its rows are not ranked
+        out[ranked] = np.where(np.min(levels, axis=0) < 0, -1, self.reward_tokens.code(levels))
         self._quantiles = out
         return out
 
@@ -418,7 +437,13 @@ class QuarkTrainer(Trainer):
                 " from. Give more prompts, or lower heldout_share."
             )
         num = args.steps_per_round * self.get_total_train_batch_size(args)
-        rows = quantiles.draw(drawable, num, args.seed, round, args.draw, args.num_quantiles)
+        # with several attributes each draws by its own quantiles, in turn
+        attributes = self.reward_tokens.num_attributes
+        each = [
+            quantiles.draw(levels, -(-num // attributes), args.seed, round, args.draw, args.num_quantiles, attribute)
+            for attribute, levels in enumerate(self.reward_tokens.all_levels(drawable))
+        ]
+        rows = np.stack(each, axis=1).reshape(-1)[:num]
         dropped = np.random.default_rng([args.seed, round, DROPOUT]).random(num) < args.token_dropout
         columns = pool.gather(rows, ["prompt_ids", "completion_ids", "token_at"])
         self._drawn = rows

@@ -61,7 +61,7 @@ def test_what_it_goes_on_with_holds_for_the_rest_of_the_run_and_is_told_once(fai
         warnings.simplefilter("error")
         assert completed(completer) == whole
         contrast = [prompt[::-1] for prompt in PROMPTS]
-        completed(completer, contrast=contrast, strength=2.0)  # two forward rows a sample
+        completed(completer, dials=[(contrast, 2.0)])  # two forward rows a sample
     assert max(sizes) <= 4
     completer.batch_rows = None
     assert completer.fitting_rows(PROMPTS, SETTINGS) <= 4

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..errors import ConfigError
-from ..generation import GenerationSettings
+from ..generation import Dial, GenerationSettings, turned
 from ..policy import Head, run_body
 from ..steering import dial
 
@@ -37,8 +36,7 @@ class BeamCompleter:
         seeds: Sequence[int],
         settings: GenerationSettings,
         *,
-        contrast: Sequence[Sequence[int]] | None = None,
-        strength: float | Sequence[float] = 1.0,
+        dials: Sequence[Dial] = (),
         skip: Collection[int] = (),
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yields ([index], [completion]); seeds are unread: a beam search draws nothing."""
@@ -47,13 +45,14 @@ class BeamCompleter:
                 "A beam search takes the likeliest beam and draws nothing. Set temperature 0, or one beam."
             )
         model: Any = self.model  # a checker takes its `generate` for a tensor
-        strengths = np.broadcast_to(np.asarray(strength, dtype=np.float32), (len(prompts),))
+        turns = turned(dials, len(prompts))
         for i, prompt in enumerate(prompts):
             if i in skip:
                 continue
             processors = LogitsProcessorList()
-            if contrast is not None and strengths[i] != 1:
-                processors.append(DialLogitsProcessor(self.model, len(prompt), contrast[i], float(strengths[i])))
+            pairs = [(contrast[i], float(strengths[i])) for contrast, strengths in turns if strengths[i] != 1]
+            if pairs:
+                processors.append(DialLogitsProcessor(self.model, len(prompt), pairs))
             ids = torch.tensor([list(prompt)], device=self.model.device)
             output = model.generate(
                 ids,
@@ -73,23 +72,26 @@ class BeamCompleter:
 
 
 class DialLogitsProcessor(LogitsProcessor):
-    """The dial inside `generate`: log-probabilities of contrast + strength x (prompt - contrast).
+    """The dials inside `generate`, on log-probabilities; see `steering.dial`.
 
     Args:
         prompt_length: of the prompt that `generate` was given.
-        contrast: the ids that stand in its place in the other branch.
+        dials: (the ids that stand in its place in the other branch, the strength) each.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt_length: int, contrast: Sequence[int], strength: float) -> None:
+    def __init__(self, model: PreTrainedModel, prompt_length: int, dials: Sequence[tuple[Sequence[int], float]]):
         self.model, self.head = model, Head(model)
-        self.prompt_length, self.contrast, self.strength = prompt_length, list(contrast), strength
+        self.prompt_length, self.dials = prompt_length, [(list(ids), strength) for ids, strength in dials]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        start = torch.tensor(self.contrast, device=input_ids.device).expand(len(input_ids), -1)
-        ids = torch.cat([start, input_ids[:, self.prompt_length :]], 1)
-        states = run_body(self.model, ids, use_cache=False).last_hidden_state[:, -1].contiguous()
-        other = self.head(states).float().log_softmax(-1)
-        mixed = dial(scores.float(), other, torch.tensor(self.strength, device=scores.device))
+        others = []
+        for contrast, _ in self.dials:
+            start = torch.tensor(contrast, device=input_ids.device).expand(len(input_ids), -1)
+            ids = torch.cat([start, input_ids[:, self.prompt_length :]], 1)
+            states = run_body(self.model, ids, use_cache=False).last_hidden_state[:, -1].contiguous()
+            others.append(self.head(states).float().log_softmax(-1))
+        strengths = [torch.tensor(strength, device=scores.device) for _, strength in self.dials]
+        mixed = dial(scores.float(), others, strengths)
         # what is suppressed stays so, also where strength 0 would make it a NaN; beams compare log-probabilities
         out: Any = mixed.masked_fill(scores.isneginf(), -torch.inf).log_softmax(-1)
         return out

@@ -41,6 +41,7 @@ class Asked:
         tokens: its reward tokens; None: Quark did not train it.
         quantile: whose reward token is put in; None none.
         from_token: what the dial starts from: "worst", or "none", the unconditional branch that token dropout trains.
+        attribute: whose dial is turned, where there are several; None: all of them.
         num_beams: 1: greedy or sampled.
     """
 
@@ -50,6 +51,7 @@ class Asked:
     quantile: int | None = None
     from_token: str = "worst"
     num_beams: int = 1
+    attribute: str | None = None
 
     @property
     def position(self) -> str:
@@ -63,10 +65,17 @@ class Asked:
         """The prompts' ids with the reward token."""
         return [self._insert(ids, self.quantile, at) for ids, at in zip(prompts.ids, prompts.token_at, strict=True)]
 
-    def contrast(self, prompts: EncodedPrompts) -> list[list[int]]:
-        """The same with what the dial starts from."""
-        start = None if self.tokens is None or self.from_token == "none" else self.tokens.worst
-        return [self._insert(ids, start, at) for ids, at in zip(prompts.ids, prompts.token_at, strict=True)]
+    def contrasts(self, prompts: EncodedPrompts) -> list[list[list[int]]]:
+        """The same with what each dial starts from."""
+        tokens, quantile = self.tokens, self.quantile
+        if tokens is None or quantile is None or self.from_token == "none":
+            starts: list[int | None] = [None]
+        else:
+            turned = [self.attribute] if self.attribute is not None else tokens.attributes or (None,)
+            numbers = [0 if name is None else tokens.attributes.index(name) for name in turned]
+            starts = [tokens.turned_down(quantile, number) for number in numbers]
+        pairs = list(zip(prompts.ids, prompts.token_at, strict=True))
+        return [[self._insert(ids, start, at) for ids, at in pairs] for start in starts]
 
     def _insert(self, ids: list[int], quantile: int | None, at: int) -> list[int]:
         return list(ids) if self.tokens is None else self.tokens.insert(ids, quantile, at)
@@ -97,10 +106,9 @@ def generate(
     settings = dataclasses.replace(settings, barred=asked.barred)
     ends = asked.conditioned(prompts)
     conditioned = [ends[p] for p in prompt_of]
-    contrast = None
+    dials = []
     if (strength != 1.0).any():
-        starts = asked.contrast(prompts)
-        contrast = [starts[p] for p in prompt_of]
+        dials = [([starts[p] for p in prompt_of], strength.tolist()) for starts in asked.contrasts(prompts)]
     if asked.num_beams > 1:
         from .beams import BeamCompleter
 
@@ -118,9 +126,7 @@ def generate(
         drawn = _drawn(journal)
     with display.bar("generate", len(index), "completions") as advance:
         advance(len(drawn))
-        batches = completer.complete(
-            conditioned, seeds, settings, contrast=contrast, strength=strength.tolist(), skip=drawn.keys()
-        )
+        batches = completer.complete(conditioned, seeds, settings, dials=dials, skip=drawn.keys())
         for rows, ids in batches:
             journal.add(rows=list(rows), ids=ids)
             advance(len(rows))

@@ -40,6 +40,10 @@ class GenerationSettings:
             )
 
 
+# A dial of the strength: (the prompts of its other branch, the strength, one for all or one a prompt).
+Dial = tuple[Sequence[Sequence[int]], float | Sequence[float]]
+
+
 class Completer(Protocol):
     """Completes prompts; see `hf.HFCompleter.complete` for the arguments.
 
@@ -56,8 +60,7 @@ class Completer(Protocol):
         seeds: Sequence[int],
         settings: GenerationSettings,
         *,
-        contrast: Sequence[Sequence[int]] | None = None,
-        strength: float | Sequence[float] = 1.0,
+        dials: Sequence[Dial] = (),
         skip: Collection[int] = (),
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yields (indices into `prompts`, their completions' token ids) batch by batch, each index once.
@@ -88,6 +91,20 @@ DRAWS = 4
 def uniforms(seed: int, num: int) -> np.ndarray:
     """float32 (num, DRAWS) in [0, 1): the draws of the sample with this seed, a row a token."""
     return np.random.Generator(np.random.Philox(key=seed)).random((num, DRAWS), dtype=np.float32)
+
+
+def turned(dials: Sequence[Dial], num: int) -> list[tuple[Sequence[Sequence[int]], np.ndarray]]:
+    """The dials that change anything, each with a strength a prompt, float32 (num,); at 1 one changes nothing.
+
+    Raises: ConfigError for a strength that is not a finite number.
+    """
+    out = []
+    for contrast, strength in dials:
+        check_strength(strength)
+        strengths = np.broadcast_to(np.asarray(strength, dtype=np.float32), (num,))
+        if not bool((strengths == 1.0).all()):
+            out.append((contrast, strengths))
+    return out
 
 
 def check_strength(strength: float | Sequence[float] | np.ndarray) -> None:

@@ -20,12 +20,13 @@ from transformers import DynamicCache
 from ..errors import ModelError
 from ..policy import Head, causal_lm, run_body, word_embeddings
 from ..steering import dial
-from . import GenerationSettings, check_strength, uniforms
+from . import Dial, GenerationSettings, turned, uniforms
 
 # Rows that still gain speed when they are added, measured on two cores; a GPU takes more.
 _MOST_ROWS = {"cpu": 128, "cuda": 512}
 # Compacting the cache copies it, so it waits until this share of the rows has finished.
 _LEAVE_SHARE = 0.25
+_Turns = list[tuple[Sequence[Sequence[int]], np.ndarray]]  # the dials that change anything, see `turned`
 # Words whose weights are summed before one of them is drawn.
 _BLOCK = 256
 
@@ -70,8 +71,7 @@ class HFCompleter:
         seeds: Sequence[int],
         settings: GenerationSettings,
         *,
-        contrast: Sequence[Sequence[int]] | None = None,
-        strength: float | Sequence[float] = 1.0,
+        dials: Sequence[Dial] = (),
         skip: Collection[int] = (),
         on_token: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
@@ -80,32 +80,27 @@ class HFCompleter:
         Args:
             prompts: token ids, with their reward tokens. Equal prompts share one prefill.
             seeds: one a prompt; a sample's draws depend on nothing else.
-            contrast: for the dial, the same prompts with the worst token (or none);
-                logits = contrast + strength x (prompt - contrast).
-            strength: of the dial, one for all or one a prompt; 1 everywhere runs no contrast at all.
+            dials: each the same prompts with the worst token (or none), and its strength, one for all or one a prompt;
+                logits = prompt + sum over dials of (strength - 1) x (prompt - contrast). One that is 1 everywhere runs
+                no contrast at all.
             skip: indices that are left out; the batches are those of a call without it, so that a call which goes on
                 with a stopped one's `batch_rows` gives its completions bit for bit.
             on_token: called with (index, token id) as each token is drawn.
         """
-        strengths = np.broadcast_to(np.asarray(strength, dtype=np.float32), (len(prompts),))
-        check_strength(strengths)
-        if contrast is None or bool((strengths == 1.0).all()):
-            contrast = None
+        turns = turned(dials, len(prompts))
         rows = self.batch_rows or self.fitting_rows(prompts, settings)
-        for whole in self._batches(prompts, contrast, rows):
+        for whole in self._batches(prompts, rows // (1 + len(turns))):
             batch = [i for i in whole if i not in skip]
             if not batch:
                 continue
-            yield from self._complete_or_halve(batch, prompts, seeds, settings, contrast, strengths, on_token)
+            yield from self._complete_or_halve(batch, prompts, seeds, settings, turns, on_token)
 
-    def _batches(
-        self, prompts: Sequence[Sequence[int]], contrast: Sequence[Sequence[int]] | None, rows: int
-    ) -> Iterator[list[int]]:
+    def _batches(self, prompts: Sequence[Sequence[int]], samples: int) -> Iterator[list[int]]:
         """Indices in batches: equal prompts side by side, like lengths together.
 
         The longest come first, so that memory fails early.
         """
-        samples = max(1, rows // (2 if contrast is not None else 1))
+        samples = max(1, samples)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i))
         for start in range(0, len(order), samples):
             yield order[start : start + samples]
@@ -131,15 +126,14 @@ class HFCompleter:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         settings: GenerationSettings,
-        contrast: Sequence[Sequence[int]] | None,
-        strengths: np.ndarray,
+        turns: _Turns,
         on_token: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        each = 2 if contrast is not None else 1
+        each = 1 + len(turns)
         half = len(batch) // 2
         if self.most_rows is None or len(batch) == 1 or len(batch) * each <= self.most_rows:
             try:
-                completions = self._complete_batch(batch, prompts, seeds, settings, contrast, strengths, on_token)
+                completions = self._complete_batch(batch, prompts, seeds, settings, turns, on_token)
             except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
                 if not is_out_of_memory(error):
                     raise
@@ -161,7 +155,7 @@ class HFCompleter:
                 stacklevel=2,
             )
         for part in (batch[:half], batch[half:]):
-            yield from self._complete_or_halve(part, prompts, seeds, settings, contrast, strengths, on_token)
+            yield from self._complete_or_halve(part, prompts, seeds, settings, turns, on_token)
 
     @torch.no_grad()
     def _complete_batch(
@@ -170,15 +164,14 @@ class HFCompleter:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         settings: GenerationSettings,
-        contrast: Sequence[Sequence[int]] | None,
-        strengths: np.ndarray,
+        turns: _Turns,
         on_token: Callable[[int, int], None] | None,
     ) -> list[list[int]]:
         device = self.device
         steps = settings.max_completion_length
         draws = torch.from_numpy(np.stack([uniforms(seeds[i], steps) for i in batch])).to(device)  # (S, steps, DRAWS)
         # -- prefill: each different prompt once; of_sample says which one a sample continues from
-        branches = [prompts] if contrast is None else [prompts, contrast]
+        branches = [prompts, *(contrast for contrast, _ in turns)]
         unique: dict[tuple[int, tuple[int, ...]], int] = {}
         of_sample = torch.tensor(
             [
@@ -196,16 +189,15 @@ class HFCompleter:
             cache.batch_select_indices(of_sample)
             last, mask = last[of_sample], mask[of_sample]
         lengths = mask.sum(1)
-        # -- decode: alive[j] is the sample of row j; a contrast row stands len(alive) rows below its sample's
+        # -- decode: alive[j] is the sample of row j; its contrasts' rows stand len(alive) rows below, each the other
         alive = torch.arange(len(batch), device=device)
-        gamma = torch.tensor(strengths[batch], device=device)[:, None]
+        gammas = [torch.tensor(strengths[batch], device=device)[:, None] for _, strengths in turns]
         eos = torch.tensor(self.eos_ids, device=device)
         out = torch.full((len(batch), steps), -1, device=device)
         done = torch.zeros(len(batch), dtype=torch.bool, device=device)
         for step in range(steps):
-            logits = self.head(last).float()
-            if contrast is not None:
-                logits = dial(logits[: len(alive)], logits[len(alive) :], gamma[alive])
+            logits, *contrasts = self.head(last).float().split(len(alive))
+            logits = dial(logits, contrasts, [gamma[alive] for gamma in gammas])
             barred = [*settings.barred, *(self.eos_ids if step < settings.min_completion_length else ())]
             if barred:
                 logits[:, barred] = -torch.inf

@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
-import numpy as np
 import tenacity
 import torch
 
 from ..errors import ConfigError, GenerationError
 from ..files import first_line
-from . import GenerationSettings, check_strength
+from . import Dial, GenerationSettings, turned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,12 +154,11 @@ class VLLMColocated:
         seeds: Sequence[int],
         settings: GenerationSettings,
         *,
-        contrast: Sequence[Sequence[int]] | None = None,
-        strength: float | Sequence[float] = 1.0,
+        dials: Sequence[Dial] = (),
         skip: Collection[int] = (),
     ) -> Iterator[Batch]:
         """As `hf.HFCompleter.complete`. Raises: ConfigError for the dial; GenerationError for an answer without use."""
-        _refuse_dial(contrast, strength)
+        _refuse_dial(dials, len(prompts))
         try:
             for batch in _batches(len(prompts), self.batch_rows or ROWS, skip):
                 outputs = self._llm.generate(
@@ -274,8 +272,7 @@ class VLLMServer:
         seeds: Sequence[int],
         settings: GenerationSettings,
         *,
-        contrast: Sequence[Sequence[int]] | None = None,
-        strength: float | Sequence[float] = 1.0,
+        dials: Sequence[Dial] = (),
         skip: Collection[int] = (),
     ) -> Iterator[Batch]:
         """As `hf.HFCompleter.complete`. What was answered is yielded before an error is raised.
@@ -283,7 +280,7 @@ class VLLMServer:
         Raises: ConfigError for the dial, or a prompt that is too long for the server; GenerationError when the server
             does not answer, or answers what cannot be used.
         """
-        _refuse_dial(contrast, strength)
+        _refuse_dial(dials, len(prompts))
         _run(self._retried(self._begin))
         longest = max(map(len, prompts), default=0)
         if self._most_tokens is not None and longest + settings.max_completion_length > self._most_tokens:
@@ -592,9 +589,8 @@ class _MergedWeights:
             yield name, parameter.detach()
 
 
-def _refuse_dial(contrast: Any, strength: float | Sequence[float]) -> None:
-    check_strength(strength)
-    if contrast is not None and not bool((np.asarray(strength, dtype=np.float64) == 1.0).all()):
+def _refuse_dial(dials: Sequence[Dial], num: int) -> None:
+    if turned(dials, num):
         raise ConfigError(
             "The dial mixes the logits of two prompts at each token, and vLLM's public API gives those of one. Use a"
             " strength of 1, or leave use_vllm out."

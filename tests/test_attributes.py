@@ -1,0 +1,264 @@
+"""Several attributes at once: each reward function ranked by itself, with reward tokens and a dial of its own."""
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import PROMPTS, graded, lora, make, metrics
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+
+from quark_lm import QuarkTrainer, RewardTokens, export
+from quark_lm.errors import ConfigError, ModelError, RewardError
+from quark_lm.generation import GenerationSettings
+from quark_lm.generation.hf import HFCompleter
+from quark_lm.quantiles import assign
+from quark_lm.steering import dial, generate
+
+NAMES = ["vowels", "length"]
+
+
+def vowels(completions, **kwargs):
+    return [
+        sum(text.count(v) for v in "aeiou") + 1e-3 * g for text, g in zip(completions, graded(completions), strict=True)
+    ]
+
+
+def length(completions, **kwargs):
+    return [len(set(text)) + 1e-3 * g for text, g in zip(completions, graded(completions), strict=True)]
+
+
+def attributed(folder, **changes):
+    options = {
+        "reward_attributes": NAMES,
+        "prompts_first_round": 96,
+        "prompts_per_round": 24,
+        "draw": "ends",
+        **changes,
+    }
+    return make(folder, [vowels, length], **options)
+
+
+def tokens(num=3, **options):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    return RewardTokens.create(model, tokenizer, num_quantiles=num, attributes=NAMES, **options)
+
+
+# -- the tokens
+
+
+def test_a_quantile_is_one_number_for_all_attributes():
+    made = tokens()
+    assert (made.num_quantiles, made.num_codes, made.worst, made.best) == (3, 9, 0, 8)
+    assert [made.levels(code) for code in (0, 1, 3, 5, 8)] == [(0, 0), (0, 1), (1, 0), (1, 2), (2, 2)]
+    assert [made.code(made.levels(code)) for code in range(9)] == list(range(9))
+    assert made.turned_down(8, 0) == made.code((0, 2))
+    assert made.turned_down(8, 1) == made.code((2, 0))
+    assert made.turned_down(8, 1) + made.turned_up(1) == 8
+    found = made.all_levels(np.array([-1, 0, 5, 8]))
+    assert found.tolist() == [[-1, 0, 1, 2], [-1, 0, 2, 2]]
+
+
+def test_one_rank_alone_has_quantiles_for_codes():
+    made = RewardTokens.create(tiny_llama(), tiny_tokenizer(), num_quantiles=4)
+    assert made.num_codes == made.num_quantiles == 4
+    assert [made.levels(k) for k in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert made.all_levels(np.array([-1, 0, 3])).tolist() == [[-1, 0, 3]]
+    assert made.text(3) == made.texts[3]
+
+
+@pytest.mark.parametrize("style", ["text", "embedding"])
+def test_a_prompt_gets_a_token_of_each_in_their_order(style):
+    made = tokens(style=style)
+    assert len(made.ids) == 6
+    assert made.insert([50, 51], made.code((2, 1)), 1) == [50, *made.ids[2], *made.ids[3 + 1], 51]
+    assert made.insert([50, 51], None, 1) == [50, 51]
+    assert len(made.insert([50], made.best, 0)) - 1 <= made.longest
+    if style == "text":
+        assert made.text(made.best) == "Vowels: excellent.\nLength: excellent.\n"
+
+
+def test_they_come_back_from_disk_and_a_damaged_file_is_told(tmp_path):
+    made = tokens(style="embedding")
+    made.save(tmp_path)
+    assert RewardTokens.load(tmp_path) == made
+    path = tmp_path / "reward_tokens.json"
+    path.write_text(path.read_text().replace('"vowels"', '"vowels", "third", "fourth"'))
+    with pytest.raises(ModelError, match="damaged"):
+        RewardTokens.load(tmp_path)
+
+
+# -- the dials
+
+
+def test_each_dial_moves_from_its_own_contrast_and_one_is_the_branch_bit_for_bit():
+    best, a, b = torch.randn(3, 5, 20)
+    one = torch.ones(5, 1)
+    assert torch.equal(dial(best, [a, b], [one, one]), best)
+    assert torch.equal(dial(best, [a, b], [0 * one, one]), a)
+    torch.testing.assert_close(dial(best, [a, b], [one, 0 * one]), b)
+    torch.testing.assert_close(dial(best, [a, b], [3 * one, 2 * one]), best + 2 * (best - a) + (best - b))
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_two_dials_in_one_batch_with_strengths_of_their_own(build):
+    model = build()
+    prompts, a, b = ([[*head, 5, 6 + i] for i in range(4)] for head in ([], [20], [30, 31]))
+    with torch.no_grad():
+        logits = [[model(torch.tensor([p])).logits[0, -1] for p in branch] for branch in (prompts, a, b)]
+    strengths = ([1.0, 2.0, 1.0, 3.0], [1.0, 1.0, 0.0, 2.0])
+    wanted = [
+        int((best + (s - 1) * (best - x) + (t - 1) * (best - y)).argmax())
+        for best, x, y, s, t in zip(*logits, *strengths, strict=True)
+    ]
+    settings = GenerationSettings(max_completion_length=1, temperature=0.0)
+    completer = HFCompleter(model, (0,), 6)  # two samples a batch
+    found = {}
+    for indices, completions in completer.complete(
+        prompts, [0] * 4, settings, dials=list(zip((a, b), strengths, strict=True))
+    ):
+        found |= dict(zip(indices, completions, strict=True))
+    assert [found[i][0] for i in range(4)] == wanted
+
+
+def test_a_strength_by_name_turns_that_attribute_alone():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    made = RewardTokens.create(model, tokenizer, num_quantiles=3, attributes=NAMES)
+
+    def completed(strength, quantile=-1):
+        return generate(model, tokenizer, PROMPTS, reward_tokens=made, strength=strength, quantile=quantile, seed=3)
+
+    plain = completed(1.0)
+    assert completed({"length": 1.0}) == plain
+    assert completed({"vowels": 0.0}) == completed(1.0, made.code((0, 2)))
+    assert completed({"vowels": 3.0}) != plain != completed({"length": 3.0})
+    assert completed({"vowels": 2.0, "length": 2.0}) == completed(2.0)
+    with pytest.raises(ConfigError, match="names 'rude', which is not one of vowels, length"):
+        completed({"rude": 2.0})
+    with pytest.raises(ConfigError, match="one dial alone"):
+        generate(model, tokenizer, PROMPTS, strength={"vowels": 2.0})
+
+
+# -- a run
+
+
+def test_each_reward_is_ranked_by_itself(tmp_path):
+    trainer = attributed(tmp_path)
+    trainer.explore(0)
+    found = trainer.reward_tokens.all_levels(trainer.quantize(0))
+    table = trainer.open_pool().to_table()
+    for levels, name in zip(found, ("vowels", "length"), strict=True):
+        assert levels.tolist() == assign(table.column(f"reward/{name}").to_numpy(), 3).tolist()
+
+
+def test_draws_take_the_ends_of_each_attribute_in_turn(tmp_path):
+    trainer = attributed(tmp_path, steps_per_round=12)
+    trainer.explore(0)
+    trainer.quantize(0)
+    trainer._draw(0)
+    drawn = trainer.reward_tokens.all_levels(np.array([draw["quantile"] for draw in trainer.draws]))
+    assert set(drawn[0, ::2].tolist()) == set(drawn[1, 1::2].tolist()) == {0, 2}
+    assert (drawn[0, ::2] == 2).sum() * 2 == drawn[0, ::2].size
+    assert 1 in drawn[1, ::2]  # the other attribute's token names what the row is
+
+
+def test_a_run_explores_with_the_best_of_all_and_tells_what_each_means(tmp_path):
+    trainer = attributed(tmp_path, heldout_share=0.4, explore_strength=2.0)
+    with pytest.warns(UserWarning, match="hardly mean anything yet"):  # two steps teach nothing
+        trainer.train()
+    table = trainer.open_pool().to_table([1])
+    assert set(table.column("explored_with").to_pylist()) == {8}
+    lines = metrics(tmp_path)
+    told = next(line for line in lines if "initial_token_auc" in line)
+    each = [told[f"initial_token_auc/{name}"] for name in NAMES]
+    assert told["initial_token_auc"] == min(each)
+    assert told["quantiles_used"] == 3
+    assert any("token_auc/length" in line for line in lines)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
+    whole = attributed(tmp_path / "whole")
+    whole.train()
+    first = attributed(tmp_path / "stopped", save_strategy="epoch")
+
+    def stops(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+    first.learn_bar.__class__ = type("Stopping", (type(first.learn_bar),), {"on_epoch_end": stops})
+    first.train()
+    assert first.state.global_step == 2
+    attributed(tmp_path / "stopped", save_strategy="epoch").train()
+    assert metrics(tmp_path / "stopped")[-2]["nll"] == metrics(tmp_path / "whole")[-2]["nll"]
+
+
+def test_its_model_is_asked_by_its_card_and_from_the_command_line(tmp_path, capsys):
+    trainer = attributed(tmp_path / "run", given={"peft_config": lora()})
+    trainer.train()
+    folder = export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, tmp_path / "model")
+    card = (folder / "README.md").read_text()
+    assert "of `vowels` are" in card
+    assert "of `length` are" in card
+    from quark_lm.cli import main
+
+    def run(*words):
+        capsys.readouterr()
+        code = main(["generate", str(folder), "the cat", *words])
+        out = capsys.readouterr()
+        return code, out.out, " ".join(out.err.split())
+
+    plain, turned = run(), run("--strength", "vowels=3", "--strength", "length=0")
+    assert plain[0] == turned[0] == 0
+    assert plain[1] != turned[1] != ""
+    assert run("--strength", "vowels=1")[:2] == plain[:2]
+    for words, told in (
+        (["--strength", "rude=2"], "not one of vowels, length"),
+        (["--strength", "much"], "neither a number nor NAME=NUMBER"),
+        (["--strength", "2", "--strength", "length=2"], "given twice"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert told in err
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"reward_attributes": ["one"]}, "one rank needs no name"),
+        ({"reward_attributes": ["a", "a"]}, "a word of its own"),
+        ({"reward_attributes": ["a", "b=c"]}, "without '='"),
+        ({"reward_attributes": ["a", "b", "c"]}, "Name one for each reward function"),
+        ({"num_quantiles": 200}, "more than 32,768"),
+        ({"reward_token_texts": ["a", "b", "c"]}, "each quantile of each of 2 attributes needs one"),
+        ({"given": {"initial_pool": [{"prompt": "a", "completion": "b", "reward": 1.0}]}}, "one reward a row"),
+        (
+            {"given": {"reward_tokens": tokens(style="text").__class__("text", "first", "abc", ((3,), (4,), (5,)))}},
+            "equal",
+        ),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        attributed(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attribute_that_is_constant_stops_the_run(tmp_path):
+    def flat(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = make(tmp_path, [vowels, flat], reward_attributes=NAMES)
+    with pytest.raises(RewardError, match="are equal"):
+        trainer.train()
+
+
+def test_a_row_that_one_reward_leaves_out_is_not_ranked(tmp_path):
+    def some(completions, **kwargs):
+        return [None if i % 3 == 0 else value for i, value in enumerate(length(completions))]
+
+    trainer: QuarkTrainer = make(tmp_path, [vowels, some], reward_attributes=NAMES, prompts_first_round=48)
+    trainer.explore(0)  # the sum has a value, which TRL's rule makes of the rewards that are there
+    assigned = trainer.quantize(0)
+    missing = np.isnan(trainer.open_pool().to_table().column("reward/some").to_numpy(zero_copy_only=False))
+    assert missing.any()
+    assert ((assigned < 0) == missing).all()
