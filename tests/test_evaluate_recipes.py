@@ -22,8 +22,19 @@ make_prompts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_prompts)
 
 
-def test_there_are_four_recipes_in_both_forms():
-    assert sorted(FILES) == sorted([f"{form}{task}.yaml" for form in ("", "paper/") for task in TASKS])
+TWO = "sentiment-and-toxicity.yaml"
+
+
+def test_there_are_four_recipes_in_both_forms_and_one_of_two_attributes():
+    assert sorted(FILES) == sorted([TWO, *(f"{form}{task}.yaml" for form in ("", "paper/") for task in TASKS)])
+
+
+def test_the_recipe_of_two_attributes_has_the_tags_of_its_two_tasks():
+    own, named = read_settings(RECIPES / TWO, [])
+    tasks = [demo.TASKS[name] for name in named["reward_attributes"]]
+    assert named["reward_token_texts"] == [tag for task in tasks for tag in task.tags]
+    assert own["reward_funcs"] == [task.reward for task in tasks]
+    assert own["eval_reward_funcs"] == [task.independent for task in tasks]
 
 
 @pytest.mark.parametrize("name", FILES)

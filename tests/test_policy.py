@@ -313,10 +313,13 @@ def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding():
             torch.testing.assert_close(model(ids).logits, apart)
 
 
-def test_a_float32_lora_beside_bfloat16_weights_is_multiplied_in_bfloat16_and_learns_in_float32():
+@pytest.mark.parametrize("rows", [None, [3, 4]])  # new rows of reward tokens are another kind of layer
+def test_a_float32_lora_beside_bfloat16_weights_is_multiplied_in_bfloat16_and_learns_in_float32(rows):
     def states(dtype: torch.dtype, casts: bool):
         torch.manual_seed(0)
-        model = get_peft_model(tiny_llama().to(dtype), LoraConfig(r=4, target_modules="all-linear"))
+        model = get_peft_model(
+            tiny_llama().to(dtype), LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=rows)
+        )
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))

@@ -462,10 +462,16 @@ def adapter_in_weights_dtype(model: Any) -> Iterator[None]:
     if not _has_float32_lora(model) or torch.is_autocast_enabled(device) or not torch.amp.is_autocast_available(device):
         yield
         return
-    from peft.helpers import disable_input_dtype_casting
-
-    with torch.autocast(device, dtype=torch.bfloat16), disable_input_dtype_casting(model):
-        yield
+    # as peft.helpers.disable_input_dtype_casting, which takes every kind of layer to have the switch (0.21)
+    layers = [module for module in model.modules() if getattr(module, "cast_input_dtype_enabled", False)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def _has_float32_lora(model: Any) -> bool:
