@@ -13,6 +13,8 @@ GRPO asks the policy without a tag; Quark asks it for the best token, and with t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from quark_lm.demo import TASKS, demo_prompts
 from quark_lm.generation import GenerationSettings, complete_all, sample_seeds
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.packaged import fastest_dtype, load_model
-from quark_lm.policy import completion_log_probs
+from quark_lm.policy import Head, completion_log_probs
 from quark_lm.prompts import encode, split_held_out
 from quark_lm.steering import eos_ids
 
@@ -53,6 +56,7 @@ class Measure(TrainerCallback):
         self.prompts = encode(held_out, tokenizer)
         self.settings = GenerationSettings(max_completion_length=args.tokens, top_p=0.95)
         self.points: list[dict[str, Any]] = []
+        self.original: Any = None
         self.started = time.perf_counter()
         self.away = 0.0
 
@@ -77,9 +81,9 @@ class Measure(TrainerCallback):
             with torch.no_grad():
                 batches = completer.complete(ids, seeds, self.settings, dials=dials)
                 completions = complete_all(batches, len(ids))
-                with model.disable_adapter():
+                with self.reference(model) as (original, head):
                     nll = -completion_log_probs(
-                        model, completer.head, self.prompts.ids, completions, self.tokenizer.eos_token_id
+                        original, head, self.prompts.ids, completions, self.tokenizer.eos_token_id
                     )
             texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
             for name, scorer in self.scorers.items():
@@ -101,36 +105,57 @@ class Measure(TrainerCallback):
         if state.global_step % self.args.every == 0 or state.global_step == state.max_steps:
             self.measure(model, state.global_step, self.samples(state))
 
+    @contextlib.contextmanager
+    def reference(self, model: Any) -> Iterator[tuple[Any, Head]]:
+        """(model, head) of the original model: the adapter off, or a copy that was made before the first step."""
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield model, Head(model)
+            return
+        if self.original is None:
+            self.original = copy.deepcopy(model).eval()
+        yield self.original, Head(self.original)
+
     def samples(self, state: Any) -> int:
         raise NotImplementedError
 
 
 def quark(args: argparse.Namespace, folder: Path) -> Measure:
-    model, tokenizer = load_model(args.model, dtype=fastest_dtype())
+    """Our default, under the adapter that GRPO gets too."""
+    texts = list(TASKS[args.task].tags)
+    return _quark(args, folder, LoraConfig(**LORA), top_p=0.95, reward_token_texts=texts)
+
+
+def authors(args: argparse.Namespace, folder: Path) -> Measure:
+    """The authors' schedule: new random tokens, every quantile drawn, the whole model trained, its samples plain."""
+    # their batch of 128 as four of 32; their 500 steps of warm-up and decay, as a share of the run
+    return _quark(
+        args, folder, None, preset="authors", learning_rate=args.authors_learning_rate, warmup_steps=args.steps // 10,
+        per_device_train_batch_size=32, gradient_accumulation_steps=4, steps_per_round=max(1, args.steps // 16),
+    )  # fmt: skip
+
+
+def _quark(args: argparse.Namespace, folder: Path, peft_config: Any, **settings: Any) -> Measure:
+    model, tokenizer = load_model(args.model, dtype=fastest_dtype() if peft_config else torch.float32)
     train, held_out = split_held_out(demo_prompts(args.task))
-    first, later = args.samples * 2 // 5, args.samples // 5
     config = QuarkConfig(
         str(folder),
-        num_rounds=4,
-        steps_per_round=args.steps // 4,
-        prompts_first_round=first,
-        prompts_per_round=later,
-        max_completion_length=args.tokens,
-        top_p=0.95,
-        reward_token_texts=list(TASKS[args.task].tags),
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        seed=args.seed,
+        **{
+            "num_rounds": 4,
+            "steps_per_round": args.steps // 4,
+            "prompts_first_round": args.samples * 2 // 5,
+            "prompts_per_round": args.samples // 5,
+            "max_completion_length": args.tokens,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "seed": args.seed,
+            **settings,
+        },
     )
     task = TASKS[args.task]
     trainer = QuarkTrainer(
-        model,
-        load_reward(task.reward),
-        config,
-        train,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(**LORA),
+        model, load_reward(task.reward), config, train, processing_class=tokenizer, peft_config=peft_config
     )
 
     class Sampled(Measure):
@@ -138,6 +163,8 @@ def quark(args: argparse.Namespace, folder: Path) -> Measure:
             return len(trainer.open_pool())
 
     measure = Sampled(args, tokenizer, held_out.select(range(min(args.held_out, len(held_out)))), trainer.reward_tokens)
+    steps = config.num_rounds * config.steps_per_round
+    measure.args = argparse.Namespace(**{**vars(args), "every": max(1, steps * args.every // args.steps)})
     trainer.add_callback(measure)
     trainer.train()
     return measure
@@ -186,7 +213,7 @@ def grpo(args: argparse.Namespace, folder: Path) -> Measure:
 def one(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        measure = {"quark": quark, "grpo": grpo}[args.method](args, Path(folder))
+        measure = {"quark": quark, "grpo": grpo, "authors": authors}[args.method](args, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -206,8 +233,9 @@ def reached(points: list[dict[str, Any]], name: str, target: float) -> float | N
     return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(other: str = "grpo", name: str = "against_grpo", about: str | None = None) -> None:
+    """Runs ours and the other, each in a process, and compares; the other is "grpo" or "authors"."""
+    parser = argparse.ArgumentParser(description=about or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--task", default="sentiment", choices=TASKS)
     parser.add_argument("--model", default="smollm2")
@@ -219,27 +247,28 @@ def main() -> None:
     parser.add_argument("--grpo-learning-rate", type=float, default=1e-4)
     parser.add_argument("--grpo-beta", type=float, default=0.0, help="TRL's default")
     parser.add_argument("--grpo-generations", type=int, default=8, help="TRL's default")
+    parser.add_argument("--authors-learning-rate", type=float, default=1e-5, help="theirs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", choices=("quark", "grpo"), help=argparse.SUPPRESS)
+    parser.add_argument("--method", choices=("quark", "grpo", "authors"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.method:
         one(args)
         return
     runs = {}
-    for method in ("quark", "grpo"):  # one after the other: side by side each would slow the other
-        command = [sys.executable, __file__, *(a for a in sys.argv[1:]), "--method", method]
+    for method in ("quark", other):  # one after the other: side by side each would slow the other
+        command = [sys.executable, sys.argv[0], *(a for a in sys.argv[1:]), "--method", method]
         out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ}).stdout
         runs[method] = json.loads(out.splitlines()[-1])
-    start = runs["grpo"]["points"][0]["reward"]
-    end = runs["grpo"]["points"][-1]["reward"]
+    start = runs[other]["points"][0]["reward"]
+    end = runs[other]["points"][-1]["reward"]
     seconds = {method: reached(run["points"], "reward", end) for method, run in runs.items()}
     dialled = reached(runs["quark"]["points"], "dial2_reward", end)
     result = {
-        "name": "against_grpo",
-        "ratio": None if not seconds["quark"] or not seconds["grpo"] else seconds["quark"] / seconds["grpo"],
-        "ratio_dial2": None if not dialled or not seconds["grpo"] else dialled / seconds["grpo"],
-        "memory_ratio": runs["quark"]["peak_gib"] / runs["grpo"]["peak_gib"],
-        "target": {"held_out_reward": end, "from": start, "what": "GRPO's at its end"},
+        "name": name,
+        "ratio": None if not seconds["quark"] or not seconds[other] else seconds["quark"] / seconds[other],
+        "ratio_dial2": None if not dialled or not seconds[other] else dialled / seconds[other],
+        "memory_ratio": runs["quark"]["peak_gib"] / runs[other]["peak_gib"],
+        "target": {"held_out_reward": end, "from": start, "what": f"that of {other} at its end"},
         "seconds": {**seconds, "quark_dial2": dialled},
         "settings": {k: v for k, v in vars(args).items() if k not in ("json", "method")},
         "runs": runs,

@@ -89,7 +89,7 @@ def quantize(pool: Pool, scope: str) -> np.ndarray:
     """What the trainer does between exploring and drawing."""
     from quark_lm import QuarkTrainer
 
-    settings = SimpleNamespace(num_quantiles=5, pool_window=None, quantile_scope=scope)
+    settings = SimpleNamespace(num_quantiles=5, pool_window=None, quantile_scope=scope, reward_attributes=None)
     return QuarkTrainer.quantize(SimpleNamespace(open_pool=lambda: pool, args=settings), pool.num_rounds - 1)
 
 

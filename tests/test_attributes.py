@@ -1,16 +1,20 @@
 """Several attributes at once: each reward function ranked by itself, with reward tokens and a dial of its own."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from test_trainer import PROMPTS, graded, lora, make, metrics
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from quark_lm import QuarkTrainer, RewardTokens, export
+from quark_lm import QuarkTrainer, RewardTokens, evaluate_command, export
 from quark_lm.errors import ConfigError, ModelError, RewardError
+from quark_lm.evaluate_command import Request
 from quark_lm.generation import GenerationSettings
 from quark_lm.generation.hf import HFCompleter
-from quark_lm.quantiles import assign
+from quark_lm.measuring import round_figures
+from quark_lm.quantiles import FewQuantilesWarning, assign
 from quark_lm.steering import dial, generate
 
 NAMES = ["vowels", "length"]
@@ -130,10 +134,13 @@ def test_a_strength_by_name_turns_that_attribute_alone():
     assert completed({"length": 1.0}) == plain
     assert completed({"vowels": 0.0}) == completed(1.0, made.code((0, 2)))
     assert completed({"vowels": 3.0}) != plain != completed({"length": 3.0})
-    assert completed({"vowels": 2.0, "length": 2.0}) == completed(2.0)
+    assert completed(0.0) == completed(1.0, 0)  # a plain number is the dial of all, from the worst in all
+    assert completed(2.0) != completed({"vowels": 2.0, "length": 2.0})
     with pytest.raises(ConfigError, match="names 'rude', which is not one of vowels, length"):
         completed({"rude": 2.0})
-    with pytest.raises(ConfigError, match="one dial alone"):
+    with pytest.raises(ConfigError, match="Give one for all prompts"):
+        completed({"vowels": [1.0, 2.0]})
+    with pytest.raises(ConfigError, match="none to dial apart"):
         generate(model, tokenizer, PROMPTS, strength={"vowels": 2.0})
 
 
@@ -162,12 +169,13 @@ def test_draws_take_the_ends_of_each_attribute_in_turn(tmp_path):
 
 def test_a_run_explores_with_the_best_of_all_and_tells_what_each_means(tmp_path):
     trainer = attributed(tmp_path, heldout_share=0.4, explore_strength=2.0)
-    with pytest.warns(UserWarning, match="hardly mean anything yet"):  # two steps teach nothing
+    with pytest.warns(UserWarning, match="of (vowels|length) hardly mean anything yet"):  # two steps teach nothing
         trainer.train()
     table = trainer.open_pool().to_table([1])
     assert set(table.column("explored_with").to_pylist()) == {8}
     lines = metrics(tmp_path)
     told = next(line for line in lines if "initial_token_auc" in line)
+    assert told["reward/vowels"] + told["reward/length"] == pytest.approx(told["reward"])
     each = [told[f"initial_token_auc/{name}"] for name in NAMES]
     assert told["initial_token_auc"] == min(each)
     assert told["quantiles_used"] == 3
@@ -196,6 +204,12 @@ def test_its_model_is_asked_by_its_card_and_from_the_command_line(tmp_path, caps
     card = (folder / "README.md").read_text()
     assert "of `vowels` are" in card
     assert "of `length` are" in card
+    _, tokenizer, made = export.load(folder)
+    snippet = card.partition("```python")[2].partition("```")[0].replace('folder = "."', f"folder = {str(folder)!r}")
+    told = {}
+    exec(snippet.partition("output =")[0], told)  # the card's own lines, up to what it generates
+    prompt = tokenizer("The hotel was")["input_ids"]
+    assert told["ids"].tolist() == [made.insert(prompt, made.best, 0)]
     from quark_lm.cli import main
 
     def run(*words):
@@ -212,10 +226,68 @@ def test_its_model_is_asked_by_its_card_and_from_the_command_line(tmp_path, caps
         (["--strength", "rude=2"], "not one of vowels, length"),
         (["--strength", "much"], "neither a number nor NAME=NUMBER"),
         (["--strength", "2", "--strength", "length=2"], "given twice"),
+        (["--strength", "=2"], "neither a number nor NAME=NUMBER"),
     ):
         code, out, err = run(*words)
         assert (code, out) == (2, "")
         assert told in err
+
+
+# -- measuring
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attributes") / "model"
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    made = RewardTokens.create(model, tokenizer, num_quantiles=3, attributes=NAMES)
+    return export.save(model, tokenizer, made, folder)
+
+
+@pytest.fixture
+def request_of(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the cat is\nrain or\n")
+
+    def make_request(name, **options):
+        return Request(
+            model=str(trained),
+            prompts=str(tmp_path / "prompts.txt"),
+            scorers=("repetition",),
+            num_generations=2,
+            max_completion_length=4,
+            output_dir=str(tmp_path / name),
+            **options,
+        )
+
+    return make_request
+
+
+def test_each_attributes_dial_is_measured_and_its_folder_is_its_own(request_of, trained, tmp_path):
+    curves = {}
+    for name in (None, *NAMES):
+        options = {} if name is None else {"attribute": name}
+        results = evaluate_command.dial(request_of(f"dial-{name}", strengths=(0.0, 1.0), **options))
+        curves[name] = [point["scores"]["repetition"]["mean"]["mean"] for point in results["curve"]]
+    assert curves[None][1] == curves["vowels"][1] == curves["length"][1]  # 1 is plain whoever is turned
+    made = json.loads((tmp_path / "dial-vowels" / "dial.json").read_text())["made"]
+    assert (made["attribute"], made["quantile"], made["reward_attributes"]) == ("vowels", 2, NAMES)
+    with pytest.raises(ConfigError, match="attribute"):
+        evaluate_command.dial(request_of("dial-vowels", strengths=(0.0, 1.0)))
+    with pytest.raises(ConfigError, match="none of the model's"):
+        evaluate_command.dial(request_of("dial-rude", attribute="rude"))
+    assert not (tmp_path / "dial-rude").exists()
+
+
+def test_completions_of_a_quantile_in_all_are_scored_again_as_such(request_of, tmp_path):
+    evaluate_command.evaluate(request_of("best"))
+    source = str(tmp_path / "best" / "completions.parquet")
+    for quantile in ("best", "2"):
+        again = Request(
+            from_file=source, scorers=("repetition",), quantile=quantile, output_dir=str(tmp_path / quantile)
+        )
+        assert evaluate_command.evaluate(again)["scores"]["repetition"]
+    with pytest.raises(ConfigError, match="quantile"):
+        evaluate_command.evaluate(Request(from_file=source, scorers=("repetition",), quantile="1", output_dir="x"))
 
 
 # -- bad input
@@ -225,8 +297,9 @@ def test_its_model_is_asked_by_its_card_and_from_the_command_line(tmp_path, caps
     ("changes", "told"),
     [
         ({"reward_attributes": ["one"]}, "one rank needs no name"),
-        ({"reward_attributes": ["a", "a"]}, "a word of its own"),
-        ({"reward_attributes": ["a", "b=c"]}, "without '='"),
+        ({"reward_attributes": ["a", "A"]}, "a name of its own"),
+        ({"reward_attributes": ["a", "b=c"]}, "letters, digits"),
+        ({"reward_attributes": ["a", "../b"]}, "letters, digits"),
         ({"reward_attributes": ["a", "b", "c"]}, "Name one for each reward function"),
         ({"num_quantiles": 200}, "more than 32,768"),
         ({"reward_token_texts": ["a", "b", "c"]}, "each quantile of each of 2 attributes needs one"),
@@ -247,9 +320,56 @@ def test_an_attribute_that_is_constant_stops_the_run(tmp_path):
     def flat(completions, **kwargs):
         return [1.0] * len(completions)
 
-    trainer = make(tmp_path, [vowels, flat], reward_attributes=NAMES)
-    with pytest.raises(RewardError, match="are equal"):
-        trainer.train()
+    def rewards(second):
+        second.__name__ = "second"
+        return make(tmp_path, [vowels, second], reward_attributes=NAMES)
+
+    with pytest.raises(RewardError, match="rewards of length of the pool are equal"):
+        rewards(flat).train()
+    rewards(length).train()  # mended, it takes the same folder
+    length.__name__ = "length"
+
+
+def test_attributes_whose_sum_is_constant_are_ranked_all_the_same(tmp_path):
+    def other(completions, **kwargs):
+        return [-value for value in length(completions)]
+
+    trainer = make(tmp_path, [length, other], reward_attributes=NAMES)
+    trainer.explore(0)
+    best, worst = trainer.reward_tokens.all_levels(trainer.quantize(0))
+    assert (best + worst == 2).mean() > 0.9  # but for ties of a middle rank
+
+
+def test_a_weight_below_zero_turns_its_attribute_round(tmp_path):
+    trainer = attributed(tmp_path, reward_weights=[1.0, -1.0])
+    trainer.explore(0)
+    levels = trainer.reward_tokens.all_levels(trainer.quantize(0))[1]
+    rewards = trainer.open_pool().to_table().column("reward/length").to_numpy()
+    assert rewards[levels == 2].mean() < rewards[levels == 0].mean()
+
+
+def test_within_prompts_a_prompt_that_tells_nothing_in_one_is_not_ranked(tmp_path):
+    def of_prompt(prompts, **kwargs):
+        return [float(len(prompt)) for prompt in prompts]
+
+    options = {"reward_attributes": NAMES, "quantile_scope": "prompt", "num_generations": 4, "prompts_first_round": 8}
+    trainer = make(tmp_path / "flat", [vowels, of_prompt], **options)
+    trainer.explore(0)
+    with pytest.warns(FewQuantilesWarning):
+        assert (trainer.quantize(0) == -1).all()
+    trainer = make(tmp_path / "graded", [vowels, length], **options)
+    trainer.explore(0)
+    found = trainer.quantize(0)
+    assert found.min() >= 0
+    assert found.max() < 9
+
+
+@pytest.mark.parametrize(("explore_token", "codes"), [("best", {8}), ("random", set(range(9)))])
+def test_exploring_asks_for_the_best_of_all_or_for_any(tmp_path, explore_token, codes):
+    trainer = attributed(tmp_path, explore_token=explore_token, prompts_per_round=96)
+    trainer.explore(0)
+    trainer.explore(1)
+    assert set(trainer.open_pool().to_table([1]).column("explored_with").to_pylist()) == codes
 
 
 def test_a_row_that_one_reward_leaves_out_is_not_ranked(tmp_path):
@@ -257,8 +377,10 @@ def test_a_row_that_one_reward_leaves_out_is_not_ranked(tmp_path):
         return [None if i % 3 == 0 else value for i, value in enumerate(length(completions))]
 
     trainer: QuarkTrainer = make(tmp_path, [vowels, some], reward_attributes=NAMES, prompts_first_round=48)
-    trainer.explore(0)  # the sum has a value, which TRL's rule makes of the rewards that are there
+    with pytest.warns(UserWarning, match="dropped"):  # though TRL's rule makes a sum of the rewards that are there
+        trainer.explore(0)
     assigned = trainer.quantize(0)
-    missing = np.isnan(trainer.open_pool().to_table().column("reward/some").to_numpy(zero_copy_only=False))
+    missing = np.isnan(trainer.open_pool().to_table().column("reward/some").to_numpy())
+    assert round_figures(trainer, 0, assigned)["dropped"] == missing.sum()
     assert missing.any()
     assert ((assigned < 0) == missing).all()

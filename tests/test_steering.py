@@ -27,17 +27,18 @@ def made(style="embedding"):
 def test_the_branches_are_the_prompts_with_their_token_and_with_the_worst(style, position):
     _, tokenizer, tokens = made(style)
     encoded = encode(Dataset.from_dict({"prompt": PROMPTS}), tokenizer, position)
-    ids, (contrast,) = branches(tokens, encoded, [2, 0, 1], with_contrast=True)
+    ids, ((contrast, strength),) = branches(tokens, encoded, [2, 0, 1], 2.0)
+    assert strength == 2.0
     for prompt, at, quantile, one, other in zip(encoded.ids, encoded.token_at, [2, 0, 1], ids, contrast, strict=True):
         assert one == [*prompt[:at], *tokens.ids[quantile], *prompt[at:]]
         assert other == [*prompt[:at], *tokens.ids[0], *prompt[at:]]
-    assert branches(tokens, encoded, [2, 0, 1], with_contrast=False) == (ids, [])
+    assert branches(tokens, encoded, [2, 0, 1]) == (ids, [])
 
 
 def test_a_prompt_without_a_quantile_is_the_same_in_both_branches():
     _, tokenizer, tokens = made()
     encoded = encode(Dataset.from_dict({"prompt": PROMPTS}), tokenizer)
-    ids, (contrast,) = branches(tokens, encoded, [None, 2, None], with_contrast=True)
+    ids, ((contrast, _),) = branches(tokens, encoded, [None, 2, None], 2.0)
     assert ids[0] == contrast[0] == encoded.ids[0]
     assert ids[2] == contrast[2] == encoded.ids[2]
     assert ids[1] != contrast[1]

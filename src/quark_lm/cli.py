@@ -313,7 +313,7 @@ def generate(
     from .export import load
     from .prompts import encode
     from .reward_tokens import asked_quantile
-    from .steering import generate_batches, strengths_of
+    from .steering import check_names, generate_batches
 
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
@@ -324,8 +324,8 @@ def generate(
         raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
     turn = _strength(strength or [])
     language_model, tokenizer, tokens = load(model)
-    strengths_of(tokens, turn)  # a name that there is not, before anything else
     wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
+    check_names(tokens, turn)
     # generate itself would only fail deep inside the model
     context = int(getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
     most = context - (tokens.longest if tokens is not None else 0)
@@ -349,7 +349,7 @@ def generate(
         tokenizer,
         repeated,
         reward_tokens=tokens,
-        quantile=wanted,
+        quantile=wanted if tokens is None else tokens.in_all(wanted),
         strength=turn,
         seed=seed,
         max_completion_length=max_completion_length,
@@ -400,8 +400,10 @@ def _strength(given: list[str]) -> float | dict[str, float]:
     """The strength of all dials, or of each that is named. Raises: ConfigError."""
     turns: dict[str, float] = {}
     for text in given:
-        name, _, number = text.rpartition("=")
+        name, named, number = text.rpartition("=")
         try:
+            if named and not name:
+                raise ValueError
             turns[name] = float(number)
         except ValueError:
             raise ConfigError(

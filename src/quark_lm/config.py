@@ -9,6 +9,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -503,10 +504,11 @@ class QuarkConfig(TrainingArguments):
                 f"reward_attributes={names!r} names {len(names)}: one rank needs no name. Leave it out, or name two."
             )
         for name in names:
-            if not name.strip() or "=" in name or names.count(name) > 1:
+            alike = [other for other in names if other.casefold() == name.casefold()]
+            if not re.fullmatch(r"[\w -]*\w", name) or len(alike) > 1:
                 raise ConfigError(
-                    f"reward_attributes has {name!r}, by which a dial could not be named. Give each a word of its own,"
-                    " without '='."
+                    f"reward_attributes has {name!r}, by which a dial could not be named. Give each a name of its own,"
+                    " of letters, digits, spaces and -."
                 )
         if self.num_quantiles ** len(names) > _MOST_CODES:
             raise ConfigError(

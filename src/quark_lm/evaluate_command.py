@@ -413,7 +413,7 @@ class EvaluationRun:
             raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
         if from_token == "none" and tokens is not None:
             _check_unconditional(request.model)
-        if from_token == "worst" and tokens is not None and quantile == tokens.worst and set(strengths) != {1.0}:
+        if from_token == "worst" and tokens is not None and quantile == 0 and set(strengths) != {1.0}:
             raise ConfigError(
                 "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"
                 " or name a better one."
@@ -426,7 +426,8 @@ class EvaluationRun:
             )
         if request.attribute is not None and from_token == "none":
             raise ConfigError("from_token='none' leaves out the tokens of all attributes. Leave --attribute out.")
-        self.asked = Asked(model, tokenizer, tokens, quantile, from_token, num_beams, request.attribute)
+        code = quantile if tokens is None else tokens.in_all(quantile)
+        self.asked = Asked(model, tokenizer, tokens, code, from_token, num_beams, request.attribute)
         room = context_length(model) - settings.max_completion_length - (tokens.longest if tokens is not None else 0)
         self.prompts = encode(dataset, tokenizer, self.asked.position, max_length=room)
         self.made = {
@@ -436,10 +437,11 @@ class EvaluationRun:
             "dtype": str(model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_digest(tokenizer, tokens),
             "reward_tokens": list(tokens.texts) if tokens is not None else None,
+            "reward_attributes": list(tokens.attributes) if tokens is not None else [],
             "quantile": quantile,
             "strengths": [float(s) for s in strengths],
             "from_token": from_token,
-            **({"attribute": request.attribute} if request.attribute is not None else {}),
+            "attribute": request.attribute,
             "prompts": prompts_name,
             "prompts_digest": _digest([self.prompts.prompts, self.prompts.columns]),
             "num_prompts": len(self.prompts),
@@ -514,7 +516,8 @@ def _read_source(request: Request) -> CompletionSet:
         elif name in ("model", "prompts"):
             value = _name(value)
         elif name == "quantile":
-            last = len(made["reward_tokens"]) - 1 if made.get("reward_tokens") else None
+            each = len(made.get("reward_attributes") or [""])
+            last = len(made["reward_tokens"]) // each - 1 if made.get("reward_tokens") else None
             value = {"best": last, "worst": 0, "none": None}.get(value, value)
             there = str(there) if isinstance(value, str) else there
         if value != there:

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 # Licences of base models that we know; a card names no other.
 _LICENCES = {HUB_NAME: "apache-2.0"}
 # What a card tells of a run's last round, beside all that was measured on held-out prompts.
-_TOLD = ("reward", "share_above_best", "nll", "kl", "reference_perplexity", "token_auc", "heldout_nll")
+_TOLD = (
+    "reward",
+    "reward/",
+    "token_auc/",
+    "share_above_best",
+    "nll",
+    "kl",
+    "reference_perplexity",
+    "token_auc",
+    "heldout_nll",
+)
 
 
 def save(
@@ -236,11 +246,14 @@ def _recorded_base(folder: Path, base: str) -> str:
 
 
 def _snippet(tokens: RewardTokens) -> str:
-    best = tokens.text(tokens.best)
+    num = tokens.num_quantiles
+    first, *others = (tokens.texts[a * num + level] for a, level in enumerate(tokens.levels(tokens.best)))
+    # each tag by itself, as in training: two of them joined may be other ids
+    rest = "".join(f" + tokenizer({text!r}, add_special_tokens=False).input_ids" for text in others)
     joined = {
-        "first": "tokenizer(best).input_ids + tokenizer(prompt, add_special_tokens=False).input_ids",
-        "before_bos": "tokenizer(best, add_special_tokens=False).input_ids + tokenizer(prompt).input_ids",
-        "before_completion": "tokenizer(prompt).input_ids + tokenizer(best, add_special_tokens=False).input_ids",
+        "first": f"tokenizer(best).input_ids{rest} + tokenizer(prompt, add_special_tokens=False).input_ids",
+        "before_bos": f"tokenizer(best, add_special_tokens=False).input_ids{rest} + tokenizer(prompt).input_ids",
+        "before_completion": f"tokenizer(prompt).input_ids + tokenizer(best, add_special_tokens=False).input_ids{rest}",
     }[tokens.position]
     return "\n".join(
         [
@@ -250,7 +263,7 @@ def _snippet(tokens: RewardTokens) -> str:
             'folder = "."  # where this file is',
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "model = AutoModelForCausalLM.from_pretrained(folder)",
-            f'best, prompt = {best!r}, "The hotel was"',
+            f'best, prompt = {first!r}, "The hotel was"',
             f"ids = {joined}",
             "ids = torch.tensor([ids])",
             "mask = torch.ones_like(ids)",
@@ -300,7 +313,9 @@ def _figures(results: dict[str, Any]) -> list[str]:
     elif results.get("last_round"):
         lines += ["| last round | |", "|---|---|"]
         for name, value in results["last_round"].items():
-            if isinstance(value, float) and (name in _TOLD or name.startswith("eval_")):
+            if isinstance(value, float) and (
+                name.startswith("eval_") or f"{name.partition('/')[0]}/" in _TOLD or name in _TOLD
+            ):
                 lines.append(f"| {markdown(name)} | {value:.4g} |")
     if not lines:
         return []

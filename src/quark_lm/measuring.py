@@ -28,13 +28,14 @@ def meaning(trainer: QuarkTrainer, assigned: np.ndarray) -> dict[str, float]:
     """See `QuarkTrainer.measure_tokens`. assigned: each pool row's quantile, -1 for none."""
     tokens = trainer.reward_tokens
     each = [_meaning(trainer, assigned, attribute) for attribute in range(tokens.num_attributes)]
-    if not all(each):
+    known = [one for one in each if one]
+    if not known:
         return {}
-    # what the least of them tells is what warns; an attribute's own figures have its name
-    figures = dict(min(each, key=lambda one: one["token_auc"]))
-    figures["heldout_nll"] = float(np.mean([one["heldout_nll"] for one in each]))
+    # the least of them is what warns
+    figures = dict(min(known, key=lambda one: one["token_auc"]))
+    figures["heldout_nll"] = float(np.mean([one["heldout_nll"] for one in known]))
     for name, one in zip(tokens.attributes, each, strict=False):
-        figures[f"token_auc/{name}"] = one["token_auc"]
+        figures |= {f"{key}/{name}": one[key] for key in ("token_auc", "token_auc_se") if one}
     return figures
 
 
@@ -119,6 +120,11 @@ def round_figures(trainer: QuarkTrainer, round: int, assigned: np.ndarray) -> di
     nll = np.array([v for v in measured if v is not None])
     if len(nll):  # a user's own data has none
         figures["reference_perplexity"] = float(np.exp(nll).mean())
+    if trainer.args.reward_attributes:
+        names = [f"reward/{name}" for name in trainer.rewards.names]
+        of_each = pool.to_table([round], columns=names).to_pandas()
+        figures["dropped"] = int(of_each.isna().any(axis=1).sum())
+        figures |= {name: float(of_each[name].mean()) for name in names if of_each[name].notna().any()}
     levels = trainer.reward_tokens.all_levels(assigned)
     figures["quantiles_used"] = min(len(np.unique(of_one[of_one >= 0])) for of_one in levels)
     return figures
@@ -137,9 +143,11 @@ def warn_of_meaning(trainer: QuarkTrainer, round: int, figures: dict[str, float]
                 stacklevel=3,
             )
     elif figures["token_auc"] < 0.5 + 2 * figures["token_auc_se"]:
+        named = [n.partition("/")[2] for n, v in figures.items() if "/" in n and v == figures["token_auc"]]
+        of = f" of {named[0]}" if named else ""
         what = "hardly mean anything yet" if figures["token_auc"] < 0.6 else "may mean nothing yet for all that shows"
         warnings.warn(
-            f"The reward tokens {what} (AUC {figures['token_auc']:.2f} +- {figures['token_auc_se']:.2f}, 0.5 is"
+            f"The reward tokens{of} {what} (AUC {figures['token_auc']:.2f} +- {figures['token_auc_se']:.2f}, 0.5 is"
             " nothing), so the next round may explore with a token that asks for nothing. Train longer before exploring"
             " (steps_per_round), sample more (prompts_first_round, heldout_share), or use text tags.",
             stacklevel=3,

@@ -456,10 +456,10 @@ def adapter_in_weights_dtype(model: Any) -> Iterator[None]:
     """Within it a float32 LoRA beside bfloat16 weights is multiplied in bfloat16; it still learns in float32.
 
     PEFT by itself casts every layer's input to float32, multiplies in it and keeps it for the backward: on a CPU a
-    learning step then takes half as long again.
+    learning step then takes half as long again. On a GPU nothing changes: autocast has other rules there, by which
+    norms give float32.
     """
-    device = word_embeddings(model).device.type
-    if not _has_float32_lora(model) or torch.is_autocast_enabled(device) or not torch.amp.is_autocast_available(device):
+    if word_embeddings(model).device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _has_float32_lora(model):
         yield
         return
     # as peft.helpers.disable_input_dtype_casting, which takes every kind of layer to have the switch (0.21)
@@ -467,7 +467,7 @@ def adapter_in_weights_dtype(model: Any) -> Iterator[None]:
     for layer in layers:
         layer.cast_input_dtype_enabled = False
     try:
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             yield
     finally:
         for layer in layers:

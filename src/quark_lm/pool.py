@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string()),
         pa.field("completion", pa.string()),
         pa.field("reward", pa.float64()),  # null: the reward functions gave none, and the row is never drawn
-        pa.field("explored_with", pa.int16()),  # quantile of the reward token that it was sampled with; null: none
+        pa.field("explored_with", pa.int16()),  # the quantile that was asked for (`RewardTokens.code`); null: none
         pa.field("strength", pa.float32()),  # of the dial
         pa.field("held_out", pa.bool_()),  # never drawn: measures whether the tokens mean anything
         pa.field("reference_nll", pa.float64()),  # nats a token under the original model; measured for some rows only

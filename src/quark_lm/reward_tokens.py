@@ -107,6 +107,10 @@ class RewardTokens:
             quantile = quantile * self.num_quantiles + level
         return quantile
 
+    def in_all(self, level: int | None) -> int | None:
+        """The quantile that is `level` in every attribute; None stays None."""
+        return None if level is None else int(self.code([level] * self.num_attributes))
+
     def turned_down(self, quantile: int, attribute: int) -> int:
         """The same, but the worst in this attribute: what its dial starts from."""
         return int(self.code([0 if a == attribute else level for a, level in enumerate(self.levels(quantile))]))
@@ -205,7 +209,7 @@ class RewardTokens:
                 tuple(map(str, data["texts"])),
                 tuple(tuple(_id(i) for i in ids) for ids in data["ids"]),
                 tuple(_id(i) for i in data["barred"]),
-                tuple(map(str, data.get("attributes", ()))),
+                tuple(map(str, _list(data.get("attributes", [])))),
             )
             if tokens.style not in STYLES or tokens.position not in POSITIONS:
                 raise ValueError(f"style {tokens.style[:20]!r}, position {tokens.position[:20]!r}")
@@ -218,7 +222,7 @@ class RewardTokens:
 
 
 def asked_quantile(text: str, tokens: RewardTokens | None, strengths: Sequence[float], model: str) -> int | None:
-    """The quantile that a command names: "best", "worst", "none", or a number, in every attribute the same.
+    """The quantile that a command names: "best", "worst", "none", or a number; `in_all` attributes it is meant.
 
     Args: strengths: of the dial, which needs a token.
     Raises: ConfigError.
@@ -239,7 +243,13 @@ def asked_quantile(text: str, tokens: RewardTokens | None, strengths: Sequence[f
     number = {"best": last, "worst": 0}.get(text, int(text) if text.isdecimal() else -1)
     if not 0 <= number <= last:
         raise ConfigError(f"quantile={text} is not best, worst, none, or 0 to {last}. Choose one of them.")
-    return tokens.code([number] * tokens.num_attributes)
+    return number
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"attributes is {str(value)[:20]}")
+    return value
 
 
 def _id(value: Any) -> int:

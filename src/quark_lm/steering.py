@@ -1,8 +1,8 @@
 """The strength dial: logits = worst + strength x (best - worst), at inference and while exploring.
 
 Strength 1 is plain Quark, 0 the worst token, above 1 stronger than what was learnt. It is classifier-free guidance
-between two reward tokens. A model that was trained on several attributes has a dial for each:
-logits = best + sum over attributes of (strength - 1) x (best - the same with this attribute at its worst).
+between two reward tokens. A model that was trained on several attributes has a dial for each beside the one for all:
+logits = best + sum over those named of (strength - 1) x (best - the same with this attribute at its worst).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .generation import Dial
     from .prompts import EncodedPrompts
     from .reward_tokens import RewardTokens
 
@@ -55,8 +56,8 @@ def generate(
         reward_tokens: of the model; None: a model without Quark, sampled as it is.
         quantile: whose token to put in: 0 the worst to K-1 the best, or from the end: -1 the best; None none. Of a
             model with several attributes: `RewardTokens.code` of one quantile each.
-        strength: of the dial between that token and the worst, one for all or one a prompt; or by the name of an
-            attribute, 1 for those that are not named.
+        strength: of the dial between that token and the worst, one for all or one a prompt; or one number by the name
+            of each attribute that is turned by itself.
         on_token: called with (index of the prompt, its completion so far) as tokens come.
 
     Raises: ConfigError for a quantile that there is not, or a dial without two tokens; DataError for prompts that are
@@ -111,11 +112,11 @@ def generate_batches(
 
     if isinstance(prompts, str):
         raise DataError("prompts is one text, whose letters would be completed one by one. Give a list: [prompt].")
-    turns = strengths_of(reward_tokens, strength)
-    for turn in turns:
+    check_names(reward_tokens, strength)
+    for turn in strength.values() if isinstance(strength, Mapping) else [strength]:
         check_strength(turn)
     plain = reward_tokens is None or quantile is None
-    if plain and not all(isinstance(turn, (int, float)) and turn == 1.0 for turn in turns):
+    if plain and not (isinstance(strength, (int, float)) and strength == 1.0):
         raise ConfigError(
             f"strength={strength} needs two reward tokens to dial between. Give reward_tokens and a quantile."
         )
@@ -130,11 +131,11 @@ def generate_batches(
             )
         position, room = reward_tokens.position, room - reward_tokens.longest
     encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position, room)
-    ids, dials = encoded.ids, []
+    ids: list[list[int]] = encoded.ids
+    dials: list[Dial] = []
     if reward_tokens is not None and quantile is not None:
         wanted = quantile % reward_tokens.num_codes
-        ids, contrasts = branches(reward_tokens, encoded, [wanted] * len(encoded), with_contrast=True)
-        dials = list(zip(contrasts, turns, strict=True))
+        ids, dials = branches(reward_tokens, encoded, [wanted] * len(encoded), strength)
     completer = HFCompleter(model, eos_ids(model, tokenizer), batch_rows)
     so_far: dict[int, list[int]] = {}
 
@@ -160,47 +161,45 @@ def generate_batches(
         model.train(was_training)
 
 
-def strengths_of(
-    reward_tokens: RewardTokens | None, strength: float | Sequence[float] | Mapping[str, float]
-) -> list[float | Sequence[float]]:
-    """The strength of each attribute's dial, (number of attributes,): one for all, or by name, the others at 1.
-
-    Raises: ConfigError for a name that is none of the attributes.
-    """
-    names = reward_tokens.attributes if reward_tokens is not None else ()
-    if not isinstance(strength, Mapping):
-        return [strength] * max(1, len(names))
+def check_names(reward_tokens: RewardTokens | None, strength: Any) -> None:
+    """Raises: ConfigError for a strength by name that names no attribute, or gives one more than a number."""
     from .errors import ConfigError
 
-    for name in strength:
+    if not isinstance(strength, Mapping):
+        return
+    names = reward_tokens.attributes if reward_tokens is not None else ()
+    for name, value in strength.items():
         if name not in names:
-            there = (
-                f"one of {', '.join(names)}" if names else "an attribute: the model has one dial alone, without name"
-            )
-            raise ConfigError(f"strength names {name!r}, which is not {there}. Mend the name, or give a number.")
-    return [float(strength.get(name, 1.0)) for name in names]
+            there = f"not one of {', '.join(names)}" if names else "no attribute: the model has none to dial apart"
+            raise ConfigError(f"strength names {name!r}, which is {there}. Mend the name, or give a number.")
+        if not isinstance(value, (int, float)):
+            raise ConfigError(f"strength of {name!r} is {value!r}, which is not a number. Give one for all prompts.")
 
 
 def branches(
-    reward_tokens: RewardTokens, prompts: EncodedPrompts, quantiles: Sequence[int | None], with_contrast: bool
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """What the dials are between: each prompt's ids with the token of its quantile; and for each attribute the same
-    with that attribute at its worst.
+    reward_tokens: RewardTokens,
+    prompts: EncodedPrompts,
+    quantiles: Sequence[int | None],
+    strength: float | Sequence[float] | Mapping[str, float] = 1.0,
+) -> tuple[list[list[int]], list[Dial]]:
+    """Each prompt's ids with the token of its quantile, and the dials: from the worst in all, or in each that is named.
 
-    A prompt with the quantile None gets no token anywhere, so that no strength moves it. Without `with_contrast` the
-    second is empty.
+    A prompt with the quantile None gets no token anywhere, so that no strength moves it.
     """
     triples = list(zip(prompts.ids, quantiles, prompts.token_at, strict=True))
     ids = [reward_tokens.insert(prompt, quantile, at) for prompt, quantile, at in triples]
-    contrasts = [
-        [
-            reward_tokens.insert(prompt, None if q is None else reward_tokens.turned_down(q, attribute), at)
-            for prompt, q, at in triples
-        ]
-        for attribute in range(reward_tokens.num_attributes)
-        if with_contrast
-    ]
-    return ids, contrasts
+    if not isinstance(strength, Mapping):
+        if isinstance(strength, (int, float)) and strength == 1.0:
+            return ids, []
+        worst = reward_tokens.worst
+        return ids, [([reward_tokens.insert(p, None if q is None else worst, at) for p, q, at in triples], strength)]
+    dials: list[Dial] = []
+    for name, value in strength.items():
+        number = reward_tokens.attributes.index(name)
+        down = [None if q is None else reward_tokens.turned_down(q, number) for q in quantiles]
+        contrast = [reward_tokens.insert(p, q, at) for (p, _, at), q in zip(triples, down, strict=True)]
+        dials.append((contrast, float(value)))
+    return ids, dials
 
 
 def context_length(model: Any) -> int:

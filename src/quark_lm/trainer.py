@@ -301,7 +301,7 @@ class QuarkTrainer(Trainer):
         else:
             columns, figures = explored_columns(self, round)
         try:
-            self._check_rewards(round, columns["reward"])
+            self._check_rewards(round, columns)
         except RewardError:  # a mended reward can then go on with the same completions
             PartialRound.forget_scores(self.pool_folder, round, self.accelerator.process_index)
             raise
@@ -334,7 +334,7 @@ class QuarkTrainer(Trainer):
         completer = self.hf_completer if strength != 1.0 else self.completer
         if completer is self.vllm:
             self._give_weights()
-        conditioned, contrasts = branches(self.reward_tokens, prompts, quantile, with_contrast=strength != 1.0)
+        conditioned, dials = branches(self.reward_tokens, prompts, quantile, strength)
         done = dict(kept.completions) if kept is not None else {}
         merges = self.args.merge_adapter and completer is self.hf_completer
         merged = self.policy.merged() if merges else contextlib.nullcontext()
@@ -344,7 +344,7 @@ class QuarkTrainer(Trainer):
                 conditioned,
                 seeds,
                 settings or self.generation_settings,
-                dials=[(contrast, strength) for contrast in contrasts],
+                dials=dials,
                 skip=done,
             )
             completions = complete_all(Watch(self, kept)(batches, advance), len(prompts))
@@ -383,19 +383,25 @@ class QuarkTrainer(Trainer):
                 hf.model, hf.head = before
                 self.completer = completer
 
-    def _check_rewards(self, round: int, rewards: list[float | None]) -> None:
-        dropped = sum(r is None for r in rewards)
-        if dropped == len(rewards):
+    def _check_rewards(self, round: int, columns: dict[str, list[Any]]) -> None:
+        names = [f"reward/{name}" for name in self.rewards.names] if self.args.reward_attributes else ["reward"]
+        rewards = np.array([columns[name] for name in names], dtype=float)  # None becomes NaN
+        known = np.isfinite(rewards).all(0)
+        if not known.any():
             raise RewardError(
-                f"The reward functions gave None for all {len(rewards)} completions of round {round}, so there is"
+                f"The reward functions gave None for all {len(known)} completions of round {round}, so there is"
                 " nothing to rank. Try the reward alone: quark check-reward."
+                if len(names) == 1
+                else f"None of the {len(known)} completions of round {round} has a reward in all of"
+                f" {', '.join(self.args.reward_attributes or ())}, so there is nothing to rank. Mend the one that"
+                " gives None."
             )
         if round == 0:
-            _check_differ(np.array([r for r in rewards if r is not None]))
+            for values, name in zip(rewards, self.args.reward_attributes or ("",), strict=True):
+                _check_differ(values[known], name)
+        dropped = int((~known).sum())
         if dropped and self.is_world_process_zero():
-            warnings.warn(
-                f"dropped {dropped:,} of {len(rewards):,} completions: the reward returned None", stacklevel=2
-            )
+            warnings.warn(f"dropped {dropped:,} of {len(known):,} completions: the reward returned None", stacklevel=2)
 
     # -- quantize
 
@@ -409,21 +415,28 @@ class QuarkTrainer(Trainer):
         """
         pool, args = self.open_pool(), self.args
         round = pool.num_rounds - 1 if round is None else round
-        names = [f"reward/{name}" for name in self.rewards.names] if args.reward_attributes else []
-        told = pool.to_table(columns=names)
-        columns = [told.column(name).to_numpy() for name in names] if names else [pool.rewards]
-        ranked = np.isfinite(columns).all(0) & quantiles.in_window(pool.rounds, round, args.pool_window)
-        levels = []
+        columns = [pool.rewards]
+        if args.reward_attributes:  # by what the weighted sum would count: a weight below 0 turns its reward round
+            names = [f"reward/{name}" for name in self.rewards.names]
+            told = pool.to_table(columns=names)
+            columns = [w * told.column(n).to_numpy() for w, n in zip(self.rewards.weights, names, strict=True)]
+        ranked = quantiles.in_window(pool.rounds, round, args.pool_window)
         for rewards in columns:
-            _check_differ(rewards[ranked])
+            ranked &= np.isfinite(rewards)
+        out = np.full(len(pool), -1, np.int64)
+        for rewards, name in zip(columns, args.reward_attributes or ("",), strict=True):
+            _check_differ(rewards[ranked], name)
             if args.quantile_scope == "prompt":
                 groups = pool.prompt_indices[ranked]
-                levels.append(quantiles.assign_per_group(rewards[ranked], groups, args.num_quantiles))
+                levels = quantiles.assign_per_group(rewards[ranked], groups, args.num_quantiles)
             else:
-                levels.append(quantiles.assign(rewards[ranked], args.num_quantiles))
-        out = np.full(len(pool), -1, np.int64)
-        # a prompt whose samples are equal in one attribute tells nothing by it, so its rows are not ranked
-        out[ranked] = np.where(np.min(levels, axis=0) < 0, -1, self.reward_tokens.code(levels))
+                levels = quantiles.assign(rewards[ranked], args.num_quantiles)
+            if len(columns) == 1:
+                out[ranked] = levels
+            else:
+                # as `RewardTokens.code`; a prompt whose samples are equal in one attribute is not ranked in any
+                before = np.maximum(out[ranked], 0) if rewards is columns[0] else out[ranked]
+                out[ranked] = np.where((levels < 0) | (before < 0), -1, before * args.num_quantiles + levels)
         self._quantiles = out
         return out
 
@@ -789,11 +802,12 @@ def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callab
     ]
 
 
-def _check_differ(rewards: np.ndarray) -> None:
+def _check_differ(rewards: np.ndarray, attribute: str = "") -> None:
     """Raises: RewardError unless two rewards differ."""
     if not len(rewards) or np.ptp(rewards) == 0:
         value = f"{rewards[0]:.6g}" if len(rewards) else "missing"
+        of = f" of {attribute}" if attribute else ""
         raise RewardError(
-            f"All {len(rewards):,} rewards of the pool are equal ({value}), so no sample is better than another and"
+            f"All {len(rewards):,} rewards{of} of the pool are equal ({value}), so no sample is better than another and"
             " there is nothing to learn. Use a graded reward, or prompts on which it differs."
         )

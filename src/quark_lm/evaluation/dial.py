@@ -44,6 +44,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     text = {"dist-2": "dist_2", "dist-3": "dist_3", "diversity within": "diversity"}
     panels.append(("diversity", {label: [p["text"][key] for p in curve] for label, key in text.items()}))
     start = "no" if results["made"]["from_token"] == "none" else "worst"
+    attribute = results["made"].get("attribute")
+    of = f" of {attribute}" if attribute else ""
     figure = Figure(figsize=(4.2 * len(panels), 3.6), dpi=150, layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (label, intervals), colour in zip(lines.items(), _COLOURS * 8, strict=False):
@@ -56,7 +58,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.axvline(1.0, color="0.7", linewidth=0.8, zorder=0)
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel(f"strength (0: {start} token, 1: plain Quark)", fontsize=9)
+        axes.set_xlabel(f"strength{of} (0: {start} token, 1: plain Quark)", fontsize=9)
         axes.tick_params(labelsize=8)
         if len(lines) > 1:
             axes.legend(fontsize=7)

@@ -41,7 +41,7 @@ class Asked:
         tokens: its reward tokens; None: Quark did not train it.
         quantile: whose reward token is put in; None none.
         from_token: what the dial starts from: "worst", or "none", the unconditional branch that token dropout trains.
-        attribute: whose dial is turned, where there are several; None: all of them.
+        attribute: whose dial is turned, where there are several; None: the one from the worst in all of them.
         num_beams: 1: greedy or sampled.
     """
 
@@ -65,17 +65,14 @@ class Asked:
         """The prompts' ids with the reward token."""
         return [self._insert(ids, self.quantile, at) for ids, at in zip(prompts.ids, prompts.token_at, strict=True)]
 
-    def contrasts(self, prompts: EncodedPrompts) -> list[list[list[int]]]:
-        """The same with what each dial starts from."""
-        tokens, quantile = self.tokens, self.quantile
-        if tokens is None or quantile is None or self.from_token == "none":
-            starts: list[int | None] = [None]
-        else:
-            turned = [self.attribute] if self.attribute is not None else tokens.attributes or (None,)
-            numbers = [0 if name is None else tokens.attributes.index(name) for name in turned]
-            starts = [tokens.turned_down(quantile, number) for number in numbers]
-        pairs = list(zip(prompts.ids, prompts.token_at, strict=True))
-        return [[self._insert(ids, start, at) for ids, at in pairs] for start in starts]
+    def contrast(self, prompts: EncodedPrompts) -> list[list[int]]:
+        """The same with what the dial starts from."""
+        start: int | None = None
+        if self.tokens is not None and self.quantile is not None and self.from_token == "worst":
+            start = self.tokens.worst
+            if self.attribute is not None:
+                start = self.tokens.turned_down(self.quantile, self.tokens.attributes.index(self.attribute))
+        return [self._insert(ids, start, at) for ids, at in zip(prompts.ids, prompts.token_at, strict=True)]
 
     def _insert(self, ids: list[int], quantile: int | None, at: int) -> list[int]:
         return list(ids) if self.tokens is None else self.tokens.insert(ids, quantile, at)
@@ -108,7 +105,8 @@ def generate(
     conditioned = [ends[p] for p in prompt_of]
     dials = []
     if (strength != 1.0).any():
-        dials = [([starts[p] for p in prompt_of], strength.tolist()) for starts in asked.contrasts(prompts)]
+        starts = asked.contrast(prompts)
+        dials = [([starts[p] for p in prompt_of], strength.tolist())]
     if asked.num_beams > 1:
         from .beams import BeamCompleter
 

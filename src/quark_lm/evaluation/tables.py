@@ -76,7 +76,9 @@ def show_dial(console: Console, results: dict[str, Any], folder: Path) -> None:
         columns.append(("perplexity", "{:.1f}", 1, ("perplexity", "corpus")))
     columns.append(("dist-2", "{:.2f}", 1, ("text", "dist_2")))
     columns.append(("diversity\nwithin", "{:.2f}", 1, ("text", "diversity")))
-    table = Table("strength", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    attribute = results["made"].get("attribute")
+    first = f"strength\nof {escape(printable(attribute))}" if attribute else "strength"
+    table = Table(first, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading, *_ in columns:
         table.add_column(heading, justify="right", overflow="fold", max_width=11)
     for point in curve:
