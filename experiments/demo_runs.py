@@ -60,8 +60,10 @@ def run(task: str, seed: int, args: argparse.Namespace, settings: dict[str, Any]
     with seconds.open("a") as file:  # a run that went on has several lines
         file.write(f"{time.monotonic() - started:.0f}\n")
     console = Console(width=120)
-    results = {"demo": demo.measure(trainer, chosen, rewards, folder, 2, seed)}
-    demo.show(console, chosen, results["demo"], folder)
+    results = {}
+    if args.train == "demo":
+        results["demo"] = demo.measure(trainer, chosen, rewards, folder, 2, seed)
+        demo.show(console, chosen, results["demo"], folder)
     if task == "sentiment" and args.data is not None:
         trainer.eval_prompts = encode(openwebtext(args.data), trainer.processing_class, trainer.reward_tokens.position)
         results["openwebtext"] = demo.measure(trainer, chosen, rewards, folder / "openwebtext", 2, seed)
