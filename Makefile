@@ -12,8 +12,8 @@ ARGS ?=
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    unlearn a behaviour from a real model, about half an hour on two busy cores (ARGS="--task toxicity" for another)'
-	@echo 'make test    the tests: offline, on a CPU, about two minutes, and a short demo on the real model, three to seven (ARGS="-k pool" for some)'
+	@echo 'make demo    unlearn a behaviour from a real model, a quarter of an hour or more on two cores (ARGS="--task toxicity" for another)'
+	@echo 'make test    the tests: offline, on a CPU, seven minutes or more, and a short demo on the real model (ARGS="-k pool" for some)'
 	@echo 'make lint    ruff and mypy (make format mends what ruff can)'
 	@echo 'make venv    only make .venv with the tested versions'
 	@echo 'make clean   remove caches and builds; .venv and runs/ stay'

@@ -123,7 +123,7 @@ TASKS = {
     ),
 }
 
-# 15 to 19 minutes of training on two busy cores; about ten is the aim on idle ones, not measured yet.
+# `make demo` took 18 minutes in all on two cores of an AMD EPYC that did some other work too; ten are the aim.
 BUDGET = {
     "num_rounds": 4,
     "steps_per_round": 30,  # 45 gave no more and memorised more
