@@ -233,6 +233,31 @@ def reached(points: list[dict[str, Any]], name: str, target: float) -> float | N
     return None
 
 
+def compared(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ratios of the seconds to the same held-out reward: the lower of the two ends, which both reached."""
+    end = min(ours[-1]["reward"], others[-1]["reward"])
+    seconds = {
+        "quark": reached(ours, "reward", end),
+        "quark_dial2": reached(ours, "dial2_reward", end),
+        "other": reached(others, "reward", end),
+    }
+
+    def ratio(name: str) -> float | None:
+        mine, other = seconds[name], seconds["other"]
+        return None if mine is None or not other else mine / other
+
+    def at_end(point: dict[str, Any]) -> dict[str, float]:
+        return {key: value for key, value in point.items() if key not in ("step",)}
+
+    return {
+        "ratio": ratio("quark"),
+        "ratio_dial2": ratio("quark_dial2"),
+        "held_out_reward": end,
+        "seconds": seconds,
+        "at_the_end": {"quark": at_end(ours[-1]), "other": at_end(others[-1])},
+    }
+
+
 def main(other: str = "grpo", name: str = "against_grpo", about: str | None = None) -> None:
     """Runs ours and the other, each in a process, and compares; the other is "grpo" or "authors"."""
     parser = argparse.ArgumentParser(description=about or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,17 +284,10 @@ def main(other: str = "grpo", name: str = "against_grpo", about: str | None = No
         command = [sys.executable, sys.argv[0], *(a for a in sys.argv[1:]), "--method", method]
         out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ}).stdout
         runs[method] = json.loads(out.splitlines()[-1])
-    start = runs[other]["points"][0]["reward"]
-    end = runs[other]["points"][-1]["reward"]
-    seconds = {method: reached(run["points"], "reward", end) for method, run in runs.items()}
-    dialled = reached(runs["quark"]["points"], "dial2_reward", end)
     result = {
         "name": name,
-        "ratio": None if not seconds["quark"] or not seconds[other] else seconds["quark"] / seconds[other],
-        "ratio_dial2": None if not dialled or not seconds[other] else dialled / seconds[other],
+        **compared(runs["quark"]["points"], runs[other]["points"]),
         "memory_ratio": runs["quark"]["peak_gib"] / runs[other]["peak_gib"],
-        "target": {"held_out_reward": end, "from": start, "what": f"that of {other} at its end"},
-        "seconds": {**seconds, "quark_dial2": dialled},
         "settings": {k: v for k, v in vars(args).items() if k not in ("json", "method")},
         "runs": runs,
         "threads": torch.get_num_threads(),

@@ -62,6 +62,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.tick_params(labelsize=8)
         if len(lines) > 1:
             axes.legend(fontsize=7)
-    figure.suptitle(f"{Path(results['made']['model']).name}: 95% intervals over prompts", fontsize=9)
+    model = Path(results["made"]["model"])
+    name = model.parent.name if model.name == "model" else model.name  # a run's model/ says nothing by its own name
+    figure.suptitle(f"{name}: 95% intervals over prompts", fontsize=9)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")
