@@ -931,7 +931,7 @@ def test_held_out_prompts_are_completed_by_vllm_the_base_and_the_dial_by_the_mod
 
     def counted(self, prompts, seeds, settings, **options):
         if self is trainer.hf_completer:
-            calls.append((len(prompts), options.get("strength", 1.0)))
+            calls.append((len(prompts), [strength for _, strength in options["dials"]]))
         return original(self, prompts, seeds, settings, **options)
 
     monkeypatch.setattr(HFCompleter, "complete", counted)
@@ -945,12 +945,12 @@ def test_held_out_prompts_are_completed_by_vllm_the_base_and_the_dial_by_the_mod
         vllm_server_base_url=server.url,
     )
     trainer.train()
-    assert calls == [(4, 1.0)]  # the base, before the first step
+    assert calls == [(4, [])]  # the base, before the first step
     assert len(server.asked) == 2 * len(PROMPTS) + 2 * 4
     assert len(server.reloads) == 3  # at steps 0, 2 and 4
     num = len(server.asked)
     trainer.complete(trainer.prompts, sample_seeds(0, num=len(PROMPTS)), [2] * len(PROMPTS), strength=2.0)
-    assert calls[1:] == [(len(PROMPTS), 2.0)]
+    assert calls[1:] == [(len(PROMPTS), [2.0])]
     assert len(server.asked) == num
     # outside train() the caller may have changed the weights
     trainer.evaluate()

@@ -22,12 +22,12 @@ def fails_above(monkeypatch):
     original, sizes = HFCompleter._complete_batch, []
 
     def arm(most, error=None):
-        def limited(self, batch, prompts, seeds, settings, contrast, *args):
-            rows = len(batch) * (1 if contrast is None else 2)
+        def limited(self, batch, prompts, seeds, settings, turns, *args):
+            rows = len(batch) * (1 + len(turns))
             sizes.append(rows)
             if rows > most:
                 raise error or torch.OutOfMemoryError("CUDA out of memory")
-            return original(self, batch, prompts, seeds, settings, contrast, *args)
+            return original(self, batch, prompts, seeds, settings, turns, *args)
 
         monkeypatch.setattr(HFCompleter, "_complete_batch", limited)
         return sizes
