@@ -423,20 +423,19 @@ class QuarkTrainer(Trainer):
         ranked = quantiles.in_window(pool.rounds, round, args.pool_window)
         for rewards in columns:
             ranked &= np.isfinite(rewards)
-        out = np.full(len(pool), -1, np.int64)
+        levels = []
         for rewards, name in zip(columns, args.reward_attributes or ("",), strict=True):
             _check_differ(rewards[ranked], name)
             if args.quantile_scope == "prompt":
                 groups = pool.prompt_indices[ranked]
-                levels = quantiles.assign_per_group(rewards[ranked], groups, args.num_quantiles)
+                levels.append(quantiles.assign_per_group(rewards[ranked], groups, args.num_quantiles))
             else:
-                levels = quantiles.assign(rewards[ranked], args.num_quantiles)
-            if len(columns) == 1:
-                out[ranked] = levels
-            else:
-                # as `RewardTokens.code`; a prompt whose samples are equal in one attribute is not ranked in any
-                before = np.maximum(out[ranked], 0) if rewards is columns[0] else out[ranked]
-                out[ranked] = np.where((levels < 0) | (before < 0), -1, before * args.num_quantiles + levels)
+                levels.append(quantiles.assign(rewards[ranked], args.num_quantiles))
+        out = np.full(len(pool), -1, np.int64)
+        if len(levels) == 1:
+            out[ranked] = levels[0]
+        else:  # a prompt whose samples are equal in one attribute is not ranked in any
+            out[ranked] = np.where(np.min(levels, axis=0) < 0, -1, self.reward_tokens.code(levels))
         self._quantiles = out
         return out
 
