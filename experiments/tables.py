@@ -2,7 +2,7 @@
 
 python experiments/tables.py demo-sentiment           # all seeds, and the mean over them
 python experiments/tables.py demo-sentiment --short   # one row a system: the mean of the seeds and their range
-python experiments/tables.py owt-gen1 --part openwebtext
+python experiments/tables.py owt-train --part openwebtext
 python experiments/tables.py --tasks                  # results/tasks.json, and the rows of docs/tasks.md
 """
 
@@ -36,7 +36,7 @@ TASKS = [
     ),
     (
         "sentiment-positive",
-        "owt-gen1",
+        "owt-train",
         "openwebtext",
         "OpenWebText, 96 negative and 96 neutral; trained on others of them",
     ),
@@ -56,6 +56,7 @@ def tasks() -> list[dict[str, Any]]:
             systems = {row["system"]: row for row in run[part]["systems"]}
             base, quark, dial2 = (systems[system] for system in ("base", "Quark", "Quark, dial at 2"))
             environment = run[part]["environment"]
+            hardware = environment.get("cpu", environment["platform"])
             for role, scorer in run[part]["scorers"].items():
                 rows.append(
                     {
@@ -73,7 +74,7 @@ def tasks() -> list[dict[str, Any]]:
                             "dial2": dial2["perplexity"]["mean"],
                         },
                         "command": run["command"],
-                        "hardware": f"{environment['cpus']} CPU cores, {environment['platform']}",
+                        "hardware": f"{environment['cpus']} CPU cores, {hardware}",
                         "version": environment["packages"]["quark-lm"],
                     }
                 )

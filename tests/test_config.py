@@ -1,6 +1,8 @@
 """QuarkConfig: presets and who wins over them, every refusal with its words, and that a round is an epoch."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +49,17 @@ def test_the_presets_are_the_figures_of_the_paper_and_of_its_authors_code(tmp_pa
     assert (paper.kl_direction, paper.entropy_coef, paper.mask_reward_tokens) == ("forward", 0.0, True)
     assert (authors.kl_direction, authors.entropy_coef, authors.mask_reward_tokens) == ("reverse", 0.06, False)
     assert (authors.reward_token_position, authors.min_completion_length) == ("before_bos", 3)
+    assert (paper.early_stop, authors.early_stop) == (False, False)
+
+
+def test_the_authors_preset_sets_every_field_of_the_table_of_differences():
+    rows = (Path(__file__).parents[1] / "docs" / "differences.md").read_text().splitlines()
+    named = {name for row in rows if row.startswith("| ") for name in re.findall(r"`(\w+)`", row.split(" | ")[-1])}
+    fields = {field.name for field in dataclasses.fields(QuarkConfig)}
+    # theirs has nothing of the kind, and neither has ours until the user gives it
+    not_theirs = {"reward_weights", "reward_attributes"}
+    assert len(named & fields) > 20
+    assert (named & fields) - not_theirs <= set(PRESETS["authors"])
 
 
 def test_presets_name_only_fields_that_exist():

@@ -57,14 +57,38 @@ def run(options, width=80, **more):
     return demo.run_demo(console=out, **{**options, **more}), out.file.getvalue()
 
 
+def row(system, reward, independent, perplexity=20.0):
+    def figure(mean):
+        return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+
+    scores = {"reward": {"mean": figure(reward)}, "independent": {"mean": figure(independent)}}
+    return {"system": system, **scores, "perplexity": figure(perplexity), "dist_2": figure(0.9)}
+
+
+@pytest.mark.parametrize(
+    ("reward", "independent", "word"),
+    [(0.6, 0.6, "better"), (0.6, 0.42, "reward hacking"), (0.42, 0.6, "no gain")],
+)
+def test_the_verdict_is_about_the_policy_and_its_best_token(reward, independent, word):
+    of = [row("base", 0.4, 0.4), row("base, best token", 0.9, 0.9), row("Quark, dial at 2", 0.9, 0.9, 90.0)]
+    said = demo.said([*of, row("Quark", reward, independent)], 7)
+    assert (said["verdict"], said["drifted"], said["step"]) == (word, False, 7)
+    drifted = demo.said([*of, row("Quark", reward, independent, 24.0)], 7)
+    assert drifted["drifted"]
+    assert "reference perplexity 20 -> 24" in drifted["text"]
+
+
 def test_a_demo_measures_shows_and_saves_with_a_card(tiny_task, tmp_path):
     results, text = run(tiny_task)
     assert text.startswith("loading the model and the scorers ...\n")
     for name in ("base", "base, best token", "Quark", "Quark, dial at 2"):
         assert any(line.startswith(f"{name}  ") for line in text.splitlines())  # on one line at 80 columns
     assert "chosen by a checksum of their text and not by a score" in text
+    assert f"Verdict: {results['verdict']['verdict']}. The held-out reward" in text
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (stored["seed"], stored["held_out_prompts"]) == (0, 6)
+    assert (stored["prompts"], stored["dtype"]) == (tiny_task["prompts"], "float32")
+    assert stored["verdict"]["verdict"] in ("no gain", "reward hacking")  # of a random model after two steps
     texts = (tmp_path / "held_out.txt").read_text().splitlines()
     shown = sorted(texts, key=lambda prompt: zlib.crc32(prompt.encode()))[:3]
     assert [sample["prompt"] for sample in results["samples"]] == shown
@@ -213,7 +237,8 @@ def test_a_short_demo_on_the_real_model_gives_the_tokens_meaning_and_raises_the_
 
     base, _, quark, dialled = results["systems"]
     assert quark["reward"]["mean"]["mean"] > base["reward"]["mean"]["mean"] + 0.05
-    assert dialled["reward"]["mean"]["mean"] > base["reward"]["mean"]["low"]
+    assert dialled["reward"]["mean"]["mean"] > base["reward"]["mean"]["high"]
+    assert results["verdict"]["verdict"] in ("better", "reward hacking")  # the reward's gain is clear
     assert json.loads((folder / "results.json").read_text())["systems"] == json.loads(json.dumps(results["systems"]))
     for name in ("config.yaml", "environment.json", "pool/round-00001.parquet", "model/model.safetensors"):
         assert (folder / name).is_file(), name

@@ -129,6 +129,18 @@ def test_an_adapter_is_loaded_onto_the_very_base_that_it_was_trained_on(recorded
             export.load(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("run", "dtype"), [("bfloat16", "bfloat16"), (None, "float32")])
+def test_a_runs_checkpoint_is_loaded_in_the_dtype_that_it_learned_in(run, dtype, tmp_path):
+    model, tokenizer = saved_base("llama-tied", tmp_path / "base")
+    folder = tmp_path / "run" / "checkpoint-5"
+    with_adapter(model, RewardTokens.create(model, tokenizer, num_quantiles=2), "llama-tied").save_pretrained(folder)
+    (folder / MARKER).write_text(json.dumps({"step": 5}))
+    if run:
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"dtype": run}))
+    assert export.load(tmp_path / "run")[0].dtype == getattr(torch, dtype)
+    assert export.load(tmp_path / "run", dtype="float16")[0].dtype == torch.float16  # what is asked for wins
+
+
 def test_a_model_tells_by_which_name_its_base_is_loaded_again(tmp_path):
     model, tokenizer = saved_base("llama-tied", tmp_path / "base")
     assert base_name(model) == str(tmp_path / "base")

@@ -199,8 +199,8 @@ def test_only_the_row_groups_that_hold_the_rows_are_read(tmp_path, monkeypatch):
     assert numbers == [0, 2]
 
 
-# Prints the most that gathering 1,000 rows held, in bytes. In a process of its own: what other tests left would be freed
-# in between and counted against it.
+# Prints the most that gathering 1,000 rows held, in bytes. In a process of its own: what other tests left would be
+# freed in between and counted against it.
 HELD = """
 import sys
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq

@@ -43,7 +43,7 @@ def test_a_rounds_line_fits_80_columns_with_the_independent_scorers_figure():
 
 def test_a_wider_terminal_shows_more_of_a_round():
     [line] = lines_of(120, METRICS)
-    assert line.endswith("AUC 0.71  above best 23%  NLL 2.31")
+    assert line.endswith("AUC 0.71  above best 23%  NLL 2.31  tokens/s 812")
 
 
 def test_several_independent_scorers_stand_side_by_side_and_the_rewards_own_is_none_of_them():

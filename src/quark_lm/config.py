@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         "disable_dropout": True,
+        "early_stop": False,
     },
 }
 # The authors' script differs from the paper's equations in these, and in what no field sets (docs/differences.md).

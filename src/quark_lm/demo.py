@@ -191,8 +191,18 @@ def run_demo(
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
-    results = {"task": task, "seed": seed, "short": short, "training_seconds_this_session": round(seconds, 1)}
-    results = finite(results | measure(trainer, chosen, rewards, folder, num_generations, seed))
+    results = {
+        "task": task,
+        "seed": seed,
+        "short": short,
+        "prompts": options.get("prompts") or f"quark_lm/data/prompts/{task}.jsonl",
+        "eval_prompts": options.get("eval_prompts") or "held out of them",
+        "dtype": begun_dtype(folder),
+        "adapter": _LORA,
+        "training_seconds_this_session": round(seconds, 1),
+    }
+    results = results | measure(trainer, chosen, rewards, folder, num_generations, seed)
+    results = finite(results | {"verdict": said(results["systems"], trainer.state.global_step)})
     write_json(folder / "results.json", results)
     export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, folder / "model", card=results)
     show(console, chosen, results, folder)
@@ -278,6 +288,20 @@ def make_trainer(
         initial_pool=initial_pool,
     )
     return trainer, chosen, rewards
+
+
+def said(systems: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """What the table says of the policy asked for its best token, in a word and a sentence: see `measuring.verdict`."""
+    from .measuring import verdict
+
+    of = {row["system"]: row for row in systems}
+    line: dict[str, Any] = {"step": step}
+    for prefix, row in (("base", of["base"]), ("eval", of["Quark"])):
+        for role in ("reward", "independent"):
+            mean = row[role]["mean"]
+            line |= {f"{prefix}_{role}": mean["mean"], f"{prefix}_{role}_se": (mean["high"] - mean["low"]) / (2 * 1.96)}
+        line |= {f"{prefix}_reference_perplexity": row["perplexity"]["mean"], f"{prefix}_dist_2": row["dist_2"]["mean"]}
+    return verdict([line], ["independent"])
 
 
 def systems(num_quantiles: int) -> list[Any]:
@@ -459,6 +483,8 @@ def show(console: Console, task: Task, results: dict[str, Any], folder: Path) ->
             _number(row["diversity"], "{:.2f}"),
         )
     console.print(table)
+    if results.get("verdict"):
+        _print(console, f"\nVerdict: {results['verdict']['verdict']}. {results['verdict']['text']}")
     _print(console, "\nHeld-out prompts, chosen by a checksum of their text and not by a score:")
     for sample in results["samples"]:
         _print(console, f"[bold]{escape(printable(sample['prompt']))}[/bold]", markup=True)

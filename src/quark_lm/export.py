@@ -19,7 +19,7 @@ from .errors import ConfigError, ModelError
 from .files import first_line, parsed
 from .packaged import HUB_NAME, PACKAGED, load_model, packaged_file
 from .reward_tokens import FILE_NAME, RewardTokens
-from .run_folder import MARKER, last_checkpoint, refusal
+from .run_folder import MARKER, begun_dtype, last_checkpoint, refusal
 from .shown import markdown, printable
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ def _load_adapter(
         raise ModelError(f"{folder}/adapter_config.json is damaged ({first_line(error)}). Copy it again.") from error
     if not base:
         raise ModelError(f"{folder}/adapter_config.json does not name the base model, so there is nothing to adapt.")
+    if (dtype := begun_dtype(folder.parent)) is not None:  # of a run's checkpoint: it learned in that of its base
+        options = {"dtype": dtype, **options}
     model, tokenizer = load_model(_recorded_base(folder, base), **options)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -28,6 +28,7 @@ _ROUND_LINE = [
     ("token_auc", "AUC", "{:.2f}"),
     ("share_above_best", "above best", "{:.0%}"),
     ("nll", "NLL", "{:.2f}"),
+    ("tokens_per_second", "tokens/s", "{:.0f}"),
 ]
 
 

@@ -126,7 +126,7 @@ def figures(
     out["perplexity"] = metrics.bootstrap_interval(
         len(groups), seed, statistic=lambda rows: float(np.exp(group_nll[rows].sum() / group_tokens[rows].sum()))
     )
-    out["perplexity_mean"] = metrics.conditional_perplexity(nll, tokens).trimmed_mean
+    out["perplexity_trimmed_mean"] = metrics.conditional_perplexity(nll, tokens).trimmed_mean
     texts = [[result.completions[i] for i in g] for g in groups]
     for n in (2, 3):
         out[f"dist_{n}"] = metrics.bootstrap_interval(metrics.distinct_n_per_prompt(texts, n), seed)
