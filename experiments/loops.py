@@ -44,14 +44,12 @@ PLAIN = {"explore_strength": 1.0}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {"guided at 2, both ends, K = 5, beta .05": {}},
     "exploring": {
-        "random token (the paper's losing one)": {**PLAIN, "explore_token": "random"},
         "best token (the paper's)": PLAIN,
+        "random token (the paper's losing one)": {**PLAIN, "explore_token": "random"},
         "guided at 4": {"explore_strength": 4.0},
-        "best token, temperature 1.3": {**PLAIN, "explore_temperature": 1.3},
-        "best token, best of 4 kept": {**PLAIN, "num_generations": 4, "prompts_per_round": 96, "keep": "best"},
-        "best token, newer of 2 kept": {**PLAIN, "num_generations": 2, "prompts_per_round": 192, "keep": "new"},
     },
     "draw": {"all quantiles (the paper's)": {"draw": "all"}, "best quantile only": {"draw": "best"}},
+    "beta": {"beta 0.2": {"beta": 0.2}, "beta 0": {"beta": 0.0}},
     "quantiles, all drawn": {
         "K = 2": {"draw": "all", "num_quantiles": 2, "reward_token_texts": [TASK.tags[0], TASK.tags[-1]]},
         "K = 10": {
@@ -60,7 +58,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "reward_token_texts": [TASK.tags[0], *(f"Sentiment: {i} of 10.\n" for i in range(1, 9)), TASK.tags[-1]],
         },
     },
-    "beta": {"beta 0": {"beta": 0.0}, "beta 0.2": {"beta": 0.2}},
+    "rounds": {"5 of 192 samples and 9 steps": {"num_rounds": 5, "prompts_per_round": 192, "steps_per_round": 9}},
+    "other exploring": {
+        "best token, temperature 1.3": {**PLAIN, "explore_temperature": 1.3},
+        "best token, best of 4 kept": {**PLAIN, "num_generations": 4, "prompts_per_round": 96, "keep": "best"},
+        "best token, newer of 2 kept": {**PLAIN, "num_generations": 2, "prompts_per_round": 192, "keep": "new"},
+    },
+    "steps": {"30 steps a round": {"steps_per_round": 30}},
     "window": {"the last round only": {"pool_window": 1}},
 }
 KEYS = ("reward", "kl", "nll", "token_auc", "share_above_best", "reference_perplexity")

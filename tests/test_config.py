@@ -127,6 +127,7 @@ REFUSED = [
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would do nothing: the loss"),
     ({"train_sampling_strategy": "group_by_length"}, "would do nothing: a round's draws .* Set draw"),
     ({"data_seed": 3}, "data_seed=3 would do nothing: .* Set seed"),
+    ({"resume_from_checkpoint": "runs/a/checkpoint-3"}, "would do nothing: a run goes on .* by itself. Leave it out"),
     ({"remove_unused_columns": True}, "remove_unused_columns=True would do nothing"),
     ({"per_device_eval_batch_size": 4}, "Set generation_batch_size"),
     ({"prediction_loss_only": True}, "not run through Trainer's evaluation loop"),

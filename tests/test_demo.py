@@ -245,3 +245,22 @@ def test_a_short_demo_on_the_real_model_gives_the_tokens_meaning_and_raises_the_
     text = (tmp_path / "out.txt").read_text()
     assert "Quark, dial at 2" in text
     assert "quark generate" in text
+
+
+def test_a_damaged_file_of_completions_is_not_there(tmp_path):
+    key = {"seed": 0, "sampling": {"top_k": 0}}
+    whole = evaluate.Completions("base", ["a"], 2, [[1], [2]], ["x", "y"], [0.5, float("nan")], {"f": [1.0, None]})
+    path = tmp_path / "0.json"
+
+    def kept(**changes):
+        demo.write_json(path, {"key": key, "completions": {**dataclasses.asdict(whole), **changes}})
+        return demo._kept(path, key)
+
+    assert kept().scores == whole.scores
+    assert demo._kept(path, {"seed": 1}) is None
+    for changes in ({"completions": ["x"]}, {"nll": None}, {"scores": [1]}, {"num_generations": "2"}, {"other": 1}):
+        assert kept(**changes) is None, changes
+    for content in ("[" * 100_000, "[]", "3", "", json.dumps({"key": key}), json.dumps({"key": key, "completions": 1})):
+        path.write_text(content)
+        assert demo._kept(path, key) is None, content[:40]
+    assert demo._kept(None, key) is None

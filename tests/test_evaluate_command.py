@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +306,16 @@ def test_a_finished_evaluation_is_shown_again_and_not_measured(finished, files, 
     assert run(request) == (results, table)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"counts": 3}', '{"task": "none"}'])
+def test_results_of_an_earlier_call_that_cannot_be_read_are_one_clear_line(content, finished, files, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    (tmp_path / "copy" / "results.json").write_text(content)
+    words = {"task": "toxicity", "evaluator": str(files / "base"), "references": "continuation"}
+    with pytest.raises(DataError, match=r"results\.json is damaged \(.* Delete it, or") as caught:
+        run(ask(files, tmp_path / "copy", **words))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_scorer_that_was_mended_scores_anew(files, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def mine(completions, **kwargs):\n    return [0.25] * len(completions)\n")
     request = ask(files, tmp_path / "out", scorers=(f"{tmp_path / 'mine.py'}:mine", f"{files / 'rewards.py'}:vowels"))
@@ -532,6 +543,12 @@ def test_the_command_prints_a_table_or_json(files, tmp_path, capsys):
     assert "mean score" in captured.err
     assert main([*line, "--strength", "nan"]) == 2
     assert "not a finite number" in capsys.readouterr().err
+    assert main([*line, "--attribute", "tone"]) == 2
+    assert "it has one dial alone" in capsys.readouterr().err
+    beams = [*line[:-1], str(tmp_path / "beams"), "--num-beams", "2", "--strength", "2", "--from-token", "none"]
+    assert main([*beams, "--num-generations", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["made"]
+    assert [made[name] for name in ("num_beams", "strengths", "from_token")] == [2, [2.0], "none"]
     again = ["evaluate", "--from", str(tmp_path / "completions.parquet"), "--scorer", "repetition"]
     assert main([*again, "--output-dir", str(tmp_path / "again")]) == 0
 

@@ -207,6 +207,12 @@ def test_retry_after_is_waited_for_by_every_batch(server, form):
     assert server.times[1] - server.times[0] > 0.9
 
 
+def test_retry_after_is_kept_by_requests_that_wait_their_turn_already(server):
+    server.faults = [reply(429, b"slow down", {"Retry-After": "1.5"})]
+    assert ask(server.url, batch_size=1, concurrency=3, requests_per_second=2) == LENGTHS
+    assert server.times[1] - server.times[0] > 1.4  # its turn was half a second after the first's
+
+
 @pytest.mark.parametrize("wait", ["soon", "-5", "nan", "", "Wed, 99 Foo"])
 def test_a_retry_after_that_says_nothing_is_left_unread(server, wait):
     server.faults = [reply(503, b"", {"Retry-After": wait})]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from quark_lm import Pool
 from quark_lm.errors import DataError, PoolError
-from quark_lm.pool import SCHEMA, read_initial
+from quark_lm.pool import SCHEMA, PartialRound, read_initial
 
 
 def columns(num, start=0, **more):
@@ -49,6 +49,59 @@ def pool(tmp_path):
 
 def files(folder):
     return sorted(path.name for path in Path(folder).iterdir())
+
+
+# -- a round that is not finished
+
+KEY = {"samples": 4, "processes": 2, "chunk": 2, "rows": 8}
+
+
+def begun(folder, rank=0):
+    """Two samples of a rank, one chunk of them scored."""
+    kept = PartialRound(folder, 3, rank, KEY)
+    kept.add_completions([0, 1], [[5], [6]], 0.5)
+    kept.add_scores(0, {"reward": [1.0, 2.0], "rewards": {}, "extras": {}, "figures": {}})
+
+
+def test_the_same_key_finds_what_was_kept_whatever_the_rows_of_a_batch(tmp_path):
+    begun(tmp_path)
+    kept = PartialRound(tmp_path, 3, 0, {**KEY, "rows": 16})
+    assert (kept.completions, list(kept.scores), kept.key) == ({0: [5], 1: [6]}, [0], KEY)
+
+
+def test_another_chunk_costs_the_scores_alone_and_says_so(tmp_path):
+    begun(tmp_path)
+    now = {**KEY, "chunk": 4, "rows": 16}
+    with pytest.warns(UserWarning, match=r"^2 samples .* round 3 are scored again \(chunk: 2 before, 4 now\)"):
+        kept = PartialRound(tmp_path, 3, 0, now)
+    assert (kept.completions, kept.scores, kept.seconds) == ({0: [5], 1: [6]}, {}, 0.5)
+    assert kept.key == {**now, "rows": 8}  # the batches stay those that it was begun with
+    kept.add_scores(0, {"reward": [1.0, 2.0]})
+    again = PartialRound(tmp_path, 3, 0, now)
+    assert (again.completions, list(again.scores)) == (kept.completions, [0])
+
+
+def test_another_number_of_processes_samples_again_and_says_how_many(tmp_path):
+    begun(tmp_path)
+    begun(tmp_path, rank=1)
+    with pytest.warns(UserWarning, match=r"^4 samples .* sampled and scored again \(processes: 2 before, 1 now\)"):
+        kept = PartialRound(tmp_path, 3, 0, {**KEY, "processes": 1})
+    assert (kept.completions, kept.scores, kept.seconds) == ({}, {}, 0.0)
+    PartialRound(tmp_path, 3, 0, {**KEY, "processes": 1})  # once is enough
+
+
+def test_nothing_is_said_of_a_journal_without_samples(tmp_path):
+    PartialRound(tmp_path, 3, 0, KEY)
+    PartialRound(tmp_path, 3, 0, {**KEY, "chunk": 4})
+    PartialRound(tmp_path, 3, 0, {**KEY, "processes": 1})
+
+
+def test_the_journals_of_all_ranks_of_a_round_are_removed_and_no_others(tmp_path):
+    for rank in (0, 1, 11):
+        begun(tmp_path, rank)
+    PartialRound(tmp_path, 30, 0, KEY)
+    PartialRound.remove(tmp_path, 3)
+    assert files(tmp_path) == ["round-00030.rank-0.partial.jsonl"]
 
 
 # -- rounds

@@ -1,7 +1,9 @@
 """A run that is stopped anywhere and started again is the run that was never stopped: pool, metrics and weights."""
 
+import contextlib
 import json
 import multiprocessing
+import shutil
 import signal
 
 import pytest
@@ -13,11 +15,12 @@ from transformers import TrainerCallback
 
 import quark_lm.exploring as exploring
 import quark_lm.measuring as measuring
-from quark_lm import Pool, QuarkConfig
+import quark_lm.run_folder as run_folder
+from quark_lm import Pool, QuarkConfig, QuarkTrainer
 from quark_lm.errors import ConfigError, RewardError
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.pool import PartialRound
-from quark_lm.run_folder import last_checkpoint, locked
+from quark_lm.run_folder import MARKER, last_checkpoint, locked, what_is_wrong
 
 # three steps teach the tokens nothing
 pytestmark = pytest.mark.filterwarnings("ignore:The reward tokens")
@@ -204,7 +207,10 @@ def test_a_few_rewards_may_fail_and_their_samples_have_none(tmp_path, monkeypatc
     settings = {**SETTINGS, "reward_retries": 0, "max_failed_rewards": 0.4}
     trainer = make(tmp_path, fails_for(1 / 3), **settings)
     with (
-        pytest.warns(UserWarning, match="the rewards failed for 16 of 48 completions of round 0"),
+        pytest.warns(
+            UserWarning,
+            match=r"failed for 16 of 48 completions of round 0 \(sometimes: ConnectionError: the server is gone\)",
+        ),
         pytest.warns(UserWarning, match="dropped 16 of 48"),
     ):
         trainer.explore(0)
@@ -274,9 +280,57 @@ def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path):
 
     with pytest.raises(RewardError):
         make(tmp_path, constant).train()
+    (journal,) = (tmp_path / "pool").glob("*.partial.jsonl")
+    with pytest.raises(ConfigError, match=r"beta: .* 0.2 here; reward_funcs: \['constant'\] there"):
+        make(tmp_path, graded, beta=0.2).train()  # its samples may still be of use
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
     make(tmp_path, graded, beta=0.2).train()
     assert json.loads((tmp_path / "run.json").read_text())["reward_funcs"] == ["graded"]
     assert Pool.open(tmp_path).rewards[0] != 0.5
+
+
+@pytest.mark.filterwarnings("ignore:32 samples that were kept of round 0 are scored again")
+def test_another_reward_batch_size_samples_nothing_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        raises_at("a chunk's scores", 2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, model=tiny_gpt2(), **SETTINGS, reward_batch_size=16).train()
+    sampled = []
+    monkeypatch.setattr(HFCompleter, "_complete_batch", lambda self, batch, *args: sampled.append(batch))
+    make(tmp_path, model=tiny_gpt2(), **SETTINGS, reward_batch_size=32).explore(0)
+    assert not sampled
+    assert Pool.open(tmp_path).num_rounds == 1
+
+
+def test_what_a_kill_left_beside_a_round_that_is_there_is_removed(tmp_path):
+    trainer = make(tmp_path)
+    trainer.explore(0)
+    for rank in (0, 1):  # of a part with more processes
+        PartialRound(tmp_path / "pool", 0, rank, {"rows": 1})
+    trainer.explore(0)
+    assert not list((tmp_path / "pool").glob("*.partial*"))
+
+
+def test_another_scorer_of_the_same_name_is_another_run(tmp_path):
+    make(tmp_path, "http://127.0.0.1:9/score").open_pool()
+    PartialRound(tmp_path / "pool", 0, 0, {"rows": 1}).add_completions([0], [[5]], 0.1)
+    with pytest.raises(ConfigError, match=r"scorers: \['http http://127.0.0.1:9/score unpinned'\] there, .*127.0.0.2"):
+        make(tmp_path, "http://127.0.0.2:9/score").open_pool()
+    path = tmp_path / "run.json"  # as an older version wrote it
+    new = ("scorers", "eval_scorers", "revision", "neftune_noise_alpha")
+    identity = {key: value for key, value in json.loads(path.read_text()).items() if key not in new}
+    path.write_text(json.dumps(identity))
+    make(tmp_path, "http://127.0.0.2:9/score").open_pool()
+
+
+def test_what_changes_the_weights_makes_another_run(tmp_path):
+    make(tmp_path).explore(0)
+    with pytest.raises(ConfigError, match=r"neftune_noise_alpha: None there, 5\.0 here"):
+        make(tmp_path, neftune_noise_alpha=5.0).open_pool()
+    other = make(tmp_path)
+    other.args.model_init_kwargs = {"revision": "abc"}  # as of a model that is given by its name
+    with pytest.raises(ConfigError, match="revision: None there, 'abc' here"):
+        other.open_pool()
 
 
 def worse_each_round(completions, trainer_state, **kwargs):
@@ -312,6 +366,172 @@ def test_the_best_rounds_checkpoint_stays(tmp_path):
     trainer.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-10"}
     assert trainer.verdict()["verdict"] in ("better", "no gain")
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("where", ["save_model", "_save_rng_state", "write_marker"])
+def test_an_older_checkpoint_stays_until_the_new_one_is_whole(where, whole, tmp_path, monkeypatch):
+    owner = run_folder if where == "write_marker" else QuarkTrainer
+    original, calls = getattr(owner, where), []
+    settings = {**SETTINGS, "save_total_limit": 1}
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            make(tmp_path, model=tiny_gpt2(), given=EVAL, **settings).train()
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint.partial"][: 1 if where == "save_model" else 2]
+    assert what_is_wrong(tmp_path / "checkpoint-3") is None
+    named = pytest.warns(UserWarning, match=r"partial/checkpoint-6 was not finished when its run stopped, and is not")
+    with contextlib.nullcontext() if where == "save_model" else named:
+        make(tmp_path, model=tiny_gpt2(), given=EVAL, **settings).train()
+    assert equal(told(tmp_path), whole)
+    assert checkpoints(tmp_path) == ["checkpoint-6"]
+
+
+def test_a_kill_right_after_the_last_checkpoint_leaves_no_line_out(whole, tmp_path, monkeypatch):
+    calls = []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quark_lm.trainer.rotate", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path).train()
+    run(tmp_path).train()
+    assert equal(told(tmp_path), whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not finished")
+def test_torn_checkpoints_do_not_count_and_are_removed(tmp_path):
+    make(tmp_path, save_strategy="epoch").train()
+    for step in (1, 5):
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / f"checkpoint-{step}")
+        (tmp_path / f"checkpoint-{step}" / MARKER).unlink()
+    make(tmp_path, save_strategy="epoch", num_rounds=3).train()
+    assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_with_one_checkpoint_kept_neither_a_stops_nor_the_last_is_deleted_for_the_best(tmp_path):
+    values = iter([0.0, 0.9, 0.5, 0.4])  # the base's, then each round's
+
+    def independent(completions, **kwargs):
+        value = next(values)
+        return [value for _ in completions]
+
+    given = {**EVAL, "eval_reward_funcs": [independent]}
+    settings = {"save_strategy": "epoch", "num_rounds": 3, "save_total_limit": 1}
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, given={**given, "callbacks": [stopped_at(5)]}, **settings).train()
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    make(tmp_path, given=given, **settings).train()
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_a_stop_saves_its_step_once(step, strategy, tmp_path, monkeypatch):
+    saved, original = [], QuarkTrainer.save_model
+
+    def counted(self, *args, **kwargs):
+        saved.append(self.state.global_step)
+        if saved.count(step) > 1:
+            raise RuntimeError("killed")  # while it writes over what was marked as whole
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(QuarkTrainer, "save_model", counted)
+    settings = {**SETTINGS, "save_strategy": strategy}
+    with pytest.raises(KeyboardInterrupt, match=f"after step {step} of 6, which is saved"):
+        make(tmp_path, given={**EVAL, "callbacks": [stopped_at(step)]}, **settings).train()
+    assert saved == [step]
+    assert what_is_wrong(tmp_path / f"checkpoint-{step}") is None
+
+
+class StopBetween(TrainerCallback):
+    """Ctrl-C after the first micro-batch of the step of this number."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+HALVES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def whole_of_halves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halves")
+    make(folder, model=tiny_gpt2(), given=EVAL, **SETTINGS, **HALVES).train()
+    return told(folder)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_stop_between_micro_batches_drops_the_step_and_nothing_else(step, strategy, whole_of_halves, tmp_path):
+    settings = {**SETTINGS, **HALVES, "save_strategy": strategy, "num_rounds": 2}
+    before = "before the first step was done" if step == 1 else f"after step {step - 1} of 6, which is saved"
+    with pytest.raises(KeyboardInterrupt, match=f"stopped {before}"):
+        make(tmp_path, model=tiny_gpt2(), given={**EVAL, "callbacks": [StopBetween(step)]}, **settings).train()
+    assert checkpoints(tmp_path)[-1:] == ([] if step == 1 else [f"checkpoint-{step - 1}"])
+    settings["save_strategy"] = "epoch"
+    again = make(tmp_path, model=tiny_gpt2(), given=EVAL, **settings)
+    again.train()
+    assert equal(told(tmp_path), whole_of_halves)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The sizes of the batches that were sampled; the second item says how many rows fit the memory."""
+    sizes, fits, original = [], [8], HFCompleter._complete_batch
+
+    def counted(self, batch, *args):
+        sizes.append(len(batch))
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(HFCompleter, "_complete_batch", counted)
+    monkeypatch.setattr(HFCompleter, "fitting_rows", lambda self, prompts, settings: fits[0])
+    return sizes, fits
+
+
+def test_a_runs_batches_are_those_that_fitted_when_it_was_begun(batches, tmp_path):
+    sizes, fits = batches
+    settings = {**SETTINGS, "generation_batch_size": None}
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, given={**EVAL, "callbacks": [stopped_at(2)]}, **settings).train()
+    first = list(sizes)
+    fits[0] = 5
+    make(tmp_path, given=EVAL, **settings).train()  # guided: two forward rows a sample
+    assert first == [6, *[8] * 6]
+    assert sizes[len(first) :] == [6, *[4] * 12, 6]
+    assert json.loads((tmp_path / "run.json").read_text())["generation_rows"] == 8
+
+
+@pytest.mark.parametrize("asked", [2, None])
+def test_a_batch_size_that_is_asked_for_holds_in_a_round_that_was_begun_with_another(asked, batches, tmp_path):
+    sizes, _ = batches
+    settings = {**SETTINGS, "generation_batch_size": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        raises_at("a batch that is kept", 3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, **settings).train()
+    done = len(sizes)
+    make(tmp_path, **{**settings, "generation_batch_size": asked}).explore(0)
+    left = 48 - 8 * done
+    assert sizes[done:] == ([2] * (left // 2) if asked else [8] * (left // 8))
 
 
 def test_a_scorer_that_fails_on_held_out_prompts_keeps_the_rounds_learning(tmp_path):

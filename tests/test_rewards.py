@@ -160,6 +160,36 @@ def test_names_are_trl_s():
     assert list(score([length_reward], names=["short"]).per_function) == ["short"]
 
 
+def test_what_is_told_of_functions_tells_them_apart_by_no_address(tmp_path, monkeypatch):
+    class Judge:
+        def __call__(self, **kwargs):
+            return [0, 0, 0]
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.py", "b/a.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("def f(**kwargs):\n    return [0, 0, 0]\n")
+    classifier = tiny_classifier()
+    by = [classifier_reward(classifier, 1, how, processing_class=tiny_tokenizer()) for how in ("softmax", "sigmoid")]
+    (tmp_path / "elsewhere.py").write_text("def f(**kwargs):\n    return [0, 0, 0]\n")
+    files = ["a.py:f", "./b/a.py:f", f"{tmp_path}/elsewhere.py:f"]  # where it lies is this machine's alone
+    servers = ["http://me:secret@a/score?key=hidden", "http://b/score"]
+    runner = RewardRunner([*files, *servers, *by, "repetition", functools.partial(length_reward, x=1), Judge()])
+    told = runner.told
+    here = test_what_is_told_of_functions_tells_them_apart_by_no_address.__qualname__
+    assert told[:5] == [
+        "a.py:f",
+        "b/a.py:f",
+        "elsewhere.py:f",
+        "http http://a/score unpinned",
+        "http http://b/score unpinned",
+    ]
+    assert "softmax" in told[5]
+    assert told[6] == told[5].replace("softmax", "sigmoid")
+    assert told[7].startswith("diversity")
+    assert told[8:] == [f"{__name__}:length_reward", f"{__name__}:{here}.<locals>.Judge"]
+
+
 def test_names_weights_and_functions_must_be_as_many():
     with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1 reward functions"):
         RewardRunner(length_reward, reward_weights=[1, 2])

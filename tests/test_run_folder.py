@@ -1,11 +1,13 @@
 """What a run's folder says when the disk refuses a file, and its metrics."""
 
 import errno
+import json
 
 import pytest
 
-from quark_lm.errors import DataError, TrainingError
-from quark_lm.run_folder import MetricsFile, disk_errors
+from quark_lm.errors import ConfigError, DataError, TrainingError
+from quark_lm.pool import PartialRound
+from quark_lm.run_folder import MetricsFile, claim, disk_errors
 
 
 def told(folder, number, path=None):
@@ -38,3 +40,30 @@ def test_blank_lines_of_the_metrics_are_skipped(tmp_path):
     path.write_text('{"round": 0}\n\n{"round"\n{"round": 1}\n')
     with pytest.raises(DataError, match="line 3, is damaged"):
         MetricsFile(path).lines()
+
+
+def begun(folder):
+    """A run's folder that has come to the journal of its first round."""
+    claim(folder, {"seed": 0, "learning_rate": 1e-3})
+    (folder / "pool").mkdir()
+    return PartialRound(folder / "pool", 0, 0, {"samples": 2, "processes": 1, "chunk": 2, "rows": 2})
+
+
+def test_samples_of_an_unfinished_round_make_a_folder_a_runs(tmp_path):
+    journal = begun(tmp_path)
+    journal.add_completions([0, 1], [[5], [6]], 0.5)
+    content = journal.path.read_bytes()
+    with pytest.raises(ConfigError, match=r"another run \(learning_rate: 0.001 there, 0.002 here\)"):
+        claim(tmp_path, {"seed": 0, "learning_rate": 2e-3})
+    assert journal.path.read_bytes() == content
+    claim(tmp_path, {"seed": 0, "learning_rate": 1e-3})
+    assert journal.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"indices": [0, 1], "comple'])
+def test_a_folder_that_came_to_no_samples_is_given_away(torn, tmp_path):
+    path = begun(tmp_path).path
+    path.write_bytes(path.read_bytes() + torn)
+    claim(tmp_path, {"seed": 0, "learning_rate": 2e-3})
+    assert json.loads((tmp_path / "run.json").read_text())["learning_rate"] == 2e-3
+    assert not path.exists()

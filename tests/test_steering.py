@@ -47,10 +47,10 @@ def test_a_prompt_without_a_quantile_is_the_same_in_both_branches():
 # -- generate
 
 
-def naive(model, tokenizer, tokens, prompt, quantile, strength, steps):
+def naive(model, tokenizer, tokens, prompt, quantile, strength, steps, from_token="worst"):
     """Greedy, one token at a time, by full forwards."""
     best = torch.tensor([[*tokens.ids[quantile], *tokenizer(prompt)["input_ids"]]])
-    worst = torch.tensor([[*tokens.ids[0], *tokenizer(prompt)["input_ids"]]])
+    worst = torch.tensor([[*(tokens.ids[0] if from_token == "worst" else []), *tokenizer(prompt)["input_ids"]]])
     out = []
     for _ in range(steps):
         one, other = (model(ids).logits[0, -1].float() for ids in (best, worst))
@@ -72,6 +72,18 @@ def test_generate_is_the_naive_loop_and_counts_quantiles_from_both_ends(quantile
     options = {"reward_tokens": tokens, "temperature": 0.0, "max_completion_length": 6}
     texts = generate(model, tokenizer, PROMPTS, quantile=quantile, strength=strength, **options)
     assert texts == [naive(model, tokenizer, tokens, prompt, number, strength, 6) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 2.5])
+@torch.no_grad()
+def test_the_dial_may_start_from_the_prompt_without_a_token(strength):
+    model, tokenizer, tokens = made()
+    options = {"reward_tokens": tokens, "temperature": 0.0, "max_completion_length": 6, "from_token": "none"}
+    texts = generate(model, tokenizer, PROMPTS, strength=strength, **options)
+    assert texts == [naive(model, tokenizer, tokens, prompt, 2, strength, 6, "none") for prompt in PROMPTS]
+    for wrong, why in ({"from_token": "best"}, "neither 'worst' nor 'none'"), ({"strength": {"a": 2.0}}, "names 'a'"):
+        with pytest.raises(ConfigError, match=why):
+            generate(model, tokenizer, PROMPTS, **{**options, **wrong})
 
 
 def test_the_stream_ends_with_the_completion():

@@ -408,6 +408,7 @@ def test_a_bad_reward_is_one_clear_line_and_leaves_no_round_behind(tmp_path, kin
     explored.clear()
     good = graded
     good = type(good)(good.__code__, good.__globals__, reward.__name__)
+    good.__qualname__ = reward.__qualname__
     mended = make(tmp_path, good)
     mended.train()
     assert mended.state.global_step == 4

@@ -570,7 +570,7 @@ def test_no_server_is_one_clear_line_that_says_how_to_start_it(tmp_path):
     with pytest.raises(GenerationError) as raised:
         complete(one)
     assert "\n" not in str(raised.value)
-    start = f"VLLM_SERVER_DEV_MODE=1 vllm serve a/b --port {port}"
+    start = f"VLLM_SERVER_DEV_MODE=1 vllm serve a/b --host 127.0.0.1 --port {port}"
     assert f"at http://127.0.0.1:{port} cannot be reached" in str(raised.value)
     assert start in str(raised.value)
     assert len(lines) == 1

@@ -128,6 +128,7 @@ def check(
     temperature: float = 1.0,
     seed: int = 0,
     dtype: Any = None,
+    revision: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """A report on a reward function, by completions of `num` prompts or by the user's own.
@@ -145,6 +146,7 @@ def check(
         completions: a JSONL file with `completion`, and maybe `prompt`; its other columns reach the reward.
         tag_sets: candidate reward tokens, each worst first; None: the default tags.
         position: where a reward token stands, as `QuarkConfig.reward_token_position`.
+        dtype, revision: of a model that is loaded by its name.
         tell: is called with a line at the start of each stage.
     Raises: RewardError when the reward fails or gives nothing; ConfigError, DataError, ModelError for bad input.
     """
@@ -157,6 +159,8 @@ def check(
         raise DataError("There are neither prompts nor completions, so there is nothing to score. Give one of them.")
     if completions is None and model is None:
         raise ConfigError("Without a model there is nobody to complete the prompts. Give a model, or completions.")
+    if revision is not None and not isinstance(model, str):
+        raise ConfigError(f"revision={revision!r} is of no model that is loaded here. Name the model, or leave it out.")
     # what may be wrong in a second comes before the model
     rows = _read_rows(completions) if completions is not None else []
     dataset = load_prompts(prompts) if isinstance(prompts, (str, Path)) else prompts
@@ -168,7 +172,7 @@ def check(
     trial = None
     if model is not None:
         tell("loading the model")
-        trial = _Trial(model, position, max_completion_length, temperature, seed, dtype)
+        trial = _Trial(model, position, max_completion_length, temperature, seed, dtype, revision)
     samples_per_second = None
     if rows:
         samples = _as_samples(rows, trial)
@@ -339,6 +343,7 @@ class _Trial:
         temperature: float,
         seed: int,
         dtype: Any,
+        revision: str | None = None,
     ) -> None:
         from .export import load
         from .generation import GenerationSettings
@@ -349,7 +354,8 @@ class _Trial:
         self.is_ours = isinstance(model, str)
         self._arguments = (position, max_completion_length, temperature, seed, dtype)
         if isinstance(model, str):
-            self.model, self.tokenizer, _ = load(model, **({"dtype": dtype} if dtype else {}))
+            options = {"dtype": dtype, "revision": revision}
+            self.model, self.tokenizer, _ = load(model, **{name: value for name, value in options.items() if value})
         else:
             self.model, self.tokenizer = model
         check_head(self.model)

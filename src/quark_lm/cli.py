@@ -286,6 +286,10 @@ def train(
 
 # quark generate
 
+_FromTokenOption = Annotated[
+    str | None, typer.Option(help="What the dial starts from: worst (default), or none, which token_dropout trains.")
+]
+
 
 @app.command()
 def generate(
@@ -299,17 +303,20 @@ def generate(
         list[str] | None,
         typer.Option(help="The dial: worst + strength x (token - worst). 1: plain. Or NAME=strength, of an attribute."),
     ] = None,
+    from_token: _FromTokenOption = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 0.9,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 40,
     num_generations: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same completions.")] = 0,
+    revision: _RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a completion.")] = False,
 ) -> None:
     """Complete prompts, by the best reward token.
 
     Without one where Quark did not train the model. Where no prompt is given, stdin is read, a prompt a line.
     """
+    from .evaluate_command import check_from_token
     from .export import load
     from .prompts import encode
     from .reward_tokens import asked_quantile
@@ -323,7 +330,8 @@ def generate(
     if any(isinstance(prompt, str) and not prompt.strip() for prompt in asked):
         raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
     turn = _strength(strength or [])
-    language_model, tokenizer, tokens = load(model)
+    check_from_token(from_token or "worst", model)
+    language_model, tokenizer, tokens = load(model, **({"revision": revision} if revision is not None else {}))
     wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
     check_names(tokens, turn)
     # generate itself would only fail deep inside the model
@@ -351,6 +359,7 @@ def generate(
         reward_tokens=tokens,
         quantile=wanted if tokens is None else tokens.in_all(wanted),
         strength=turn,
+        from_token=from_token or "worst",
         seed=seed,
         max_completion_length=max_completion_length,
         temperature=temperature,
@@ -469,6 +478,7 @@ def check_reward(
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 20,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    revision: _RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
     """Try a reward before a run does.
@@ -497,6 +507,7 @@ def check_reward(
         temperature=temperature,
         seed=seed,
         dtype=fastest_dtype() if model == PACKAGED else None,
+        revision=revision,
         tell=lambda text: print(f"{text} ...", file=sys.stderr, flush=True),
     )
     if as_json:
@@ -629,6 +640,10 @@ _ScorerOption = Annotated[
 ]
 _EvaluatorOption = Annotated[str | None, typer.Option(help="The model under which perplexity is taken.")]
 _QuantileOption = Annotated[str | None, typer.Option(help="Whose token: best, worst, none, or 0 (worst) to K-1.")]
+_AttributeOption = Annotated[
+    str | None, typer.Option(help="Whose dial is turned, where the model has several. Default: all.")
+]
+_NumBeamsOption = Annotated[int | None, typer.Option(min=1, help="Beam search in place of drawing.")]
 _MostTokensOption = Annotated[int | None, typer.Option(min=1, help="Most tokens of a completion. Default: 20.")]
 _LeastTokensOption = Annotated[int | None, typer.Option(min=0, help="Tokens before a completion may end.")]
 _TemperatureOption = Annotated[float | None, typer.Option(min=0.0, help="Divides the logits; 0 is greedy. Default: 1.")]
@@ -653,6 +668,9 @@ def evaluate(
     ] = None,
     quantile: _QuantileOption = None,
     strength: Annotated[float | None, typer.Option(help="The dial: worst + strength x (token - worst).")] = None,
+    from_token: _FromTokenOption = None,
+    attribute: _AttributeOption = None,
+    num_beams: _NumBeamsOption = None,
     references: Annotated[str | None, typer.Option(help="The prompts' column with the human continuation.")] = None,
     mauve: Annotated[bool, typer.Option("--mauve", help="Compare completions with the references.")] = False,
     max_completion_length: _MostTokensOption = None,
@@ -685,6 +703,9 @@ def evaluate(
         from_file=from_file,
         quantile=quantile,
         strengths=None if strength is None else (strength,),
+        from_token=from_token,
+        attribute=attribute,
+        num_beams=num_beams,
         references=references,
         mauve=mauve,
         max_completion_length=max_completion_length,
@@ -712,11 +733,9 @@ def dial(
         int | None, typer.Option(min=1, help="Completions of each prompt at each strength. Default: 4.")
     ] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Again for another. Default: 0 to 3, six.")] = None,
-    from_token: Annotated[str | None, typer.Option(help="What the dial starts from: worst (default) or none.")] = None,
-    attribute: Annotated[
-        str | None, typer.Option(help="Whose dial is turned, where the model has several. Default: all.")
-    ] = None,
-    num_beams: Annotated[int | None, typer.Option(min=1, help="Beam search in place of drawing.")] = None,
+    from_token: _FromTokenOption = None,
+    attribute: _AttributeOption = None,
+    num_beams: _NumBeamsOption = None,
     scorer: _ScorerOption = None,
     evaluator: _EvaluatorOption = None,
     quantile: _QuantileOption = None,

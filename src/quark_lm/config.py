@@ -91,6 +91,8 @@ _NO_EFFECT = {
     "label_smoothing_factor": "the loss is Quark's own. Leave it out",
     "train_sampling_strategy": "a round's draws are Quark's own. Set draw",
     "data_seed": "the draws depend on seed alone. Set seed",
+    "resume_from_checkpoint": "a run goes on from its newest whole checkpoint by itself. Leave it out; for another one"
+    " call QuarkTrainer.train(resume_from_checkpoint=...)",
     "remove_unused_columns": "the reward functions get every column. Remove columns from the data set",
     "per_device_eval_batch_size": "held-out prompts are completed in generation's batches. Set generation_batch_size",
     **dict.fromkeys(
@@ -195,7 +197,8 @@ class QuarkConfig(TrainingArguments):
         },
     )
     generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows of one generation batch. None: fitted to the memory that is free."}
+        default=None,
+        metadata={"help": "Rows of one generation batch. None: as many as fitted the memory when the run was begun."},
     )
 
     # -- explore by vLLM (TRL's names; docs/vllm.md)

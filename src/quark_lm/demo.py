@@ -25,6 +25,7 @@ from rich.table import Table
 
 from . import export
 from .errors import ConfigError, DataError
+from .files import parsed
 from .packaged import base_name
 from .progress import make_console
 from .run_folder import begun_dtype, environment, finite, write_json
@@ -191,7 +192,7 @@ def run_demo(
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
-    results = {
+    results: dict[str, Any] = {
         "task": task,
         "seed": seed,
         "short": short,
@@ -412,15 +413,19 @@ def _kept(path: Path | None, key: dict[str, Any]) -> Completions | None:
     """The completions of this file, when they are those of the key."""
     from .evaluation.evaluate import Completions
 
+    if path is None:
+        return None
     try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError):
+        kept = parsed(path.read_bytes())
+        if kept["key"] != json.loads(json.dumps(key)):
+            return None
+        result = Completions(**kept["completions"])
+        result.nll = [math.nan if value is None else float(value) for value in result.nll]  # JSON has no NaN
+        columns: list[list[Any]] = [result.completions, result.completion_ids, result.nll, *result.scores.values()]
+        is_whole = {len(result.prompts) * result.num_generations} == set(map(len, columns))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):  # a damaged file
         return None
-    if not isinstance(kept, dict) or kept.get("key") != json.loads(json.dumps(key)):
-        return None
-    result = Completions(**kept["completions"])
-    result.nll = [math.nan if value is None else value for value in result.nll]  # JSON has no NaN
-    return result
+    return result if is_whole else None
 
 
 def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:

@@ -108,7 +108,8 @@ def evaluate(request: Request, console: Console | None = None) -> dict[str, Any]
 
     run = EvaluationRun.make("evaluate", request)
     results = run.evaluate()
-    show_evaluation(console or Console(), results, run.folder)
+    with run.reading("results.json"):
+        show_evaluation(console or Console(), results, run.folder)
     return results
 
 
@@ -124,8 +125,9 @@ def dial(request: Request, console: Console | None = None) -> dict[str, Any]:
     strengths = tuple(dict.fromkeys(request.strengths or DIAL_STRENGTHS))
     run = EvaluationRun.make("dial", dataclasses.replace(request, strengths=strengths))
     results = run.dial()
-    draw(results, run.folder / "dial.png")
-    show_dial(console or Console(), results, run.folder)
+    with run.reading("dial.json"):
+        draw(results, run.folder / "dial.png")
+        show_dial(console or Console(), results, run.folder)
     return results
 
 
@@ -149,6 +151,7 @@ class EvaluationRun:
     prompts: EncodedPrompts | None = None
     settings: GenerationSettings | None = None
     source: CompletionSet | None = None
+    was_finished: bool = False  # by an earlier call, whose results are read
 
     @classmethod
     def make(cls, kind: str, request: Request) -> EvaluationRun:
@@ -274,7 +277,18 @@ class EvaluationRun:
         is_whole = len(kept.scores) == len(self.scorers) and (kept.nll is not None) == (self.evaluator is not None)
         if not is_whole or not (self.folder / name).is_file():
             return None
+        self.was_finished = True
         return _read_json(self.folder / name)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Within it, what an earlier call's results lack is one clear error. Raises: DataError."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            if not self.was_finished:
+                raise
+            raise _damaged(self.folder / name, f"{error!r:.80}") from error
 
     def measure(self) -> None:
         """Generates, scores and reads, from where an earlier call stopped."""
@@ -395,7 +409,9 @@ class EvaluationRun:
         options: dict[str, Any] = {}
         if request.model == PACKAGED:  # it has no dtype of its own; what goes on keeps what it was begun in
             path = self.folder / "evaluation.json"
-            options["dtype"] = _read_json(path).get("dtype") if path.is_file() else fastest_dtype()
+            dtype = _read_json(path).get("dtype") if path.is_file() else None
+            # another one is a difference, which `own_folder` tells
+            options["dtype"] = dtype if dtype in ("float32", "bfloat16", "float16") else fastest_dtype()
         if request.revision is not None:
             options["revision"] = request.revision
         model, tokenizer, tokens = load(request.model, **options)
@@ -409,10 +425,7 @@ class EvaluationRun:
         strengths = request.strengths if request.strengths is not None else (1.0,)
         quantile = asked_quantile(request.quantile or "best", tokens, strengths, request.model)
         from_token = request.from_token or "worst"
-        if from_token not in ("worst", "none"):
-            raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
-        if from_token == "none" and tokens is not None:
-            _check_unconditional(request.model)
+        check_from_token(from_token, request.model)
         if from_token == "worst" and tokens is not None and quantile == 0 and set(strengths) != {1.0}:
             raise ConfigError(
                 "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"
@@ -574,10 +587,14 @@ def _check_sampling(settings: GenerationSettings) -> None:
         raise ConfigError(f"temperature={settings.temperature} divides the logits. Set it to 0 (greedy) or more.")
 
 
-def _check_unconditional(model: str) -> None:
+def check_from_token(from_token: str, model: str) -> None:
     """Raises: ConfigError when the run's settings say that the branch without a token was never trained."""
     import yaml
 
+    if from_token not in ("worst", "none"):
+        raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
+    if from_token == "worst":
+        return
     for folder in (Path(model).expanduser(), Path(model).expanduser().parent):
         if (folder / "config.yaml").is_file():
             try:
@@ -619,6 +636,10 @@ def _default_folder(kind: str, request: Request, task: EvaluationTask | None) ->
         parts.append(str(request.quantile))
     if request.attribute is not None:
         parts.append(request.attribute)
+    if request.from_token == "none":
+        parts.append("unconditional")
+    if (request.num_beams or 1) > 1:
+        parts.append(f"beams{request.num_beams}")
     if kind == "evaluate" and request.strengths not in (None, (1.0,)):
         parts.append(f"strength{request.strengths[0]:g}")
     return "runs/" + "-".join(filter(None, parts))
@@ -630,8 +651,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__}")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}). Delete it, or choose another --output-dir.") from error
+        raise _damaged(path, str(error)) from error
     return data
+
+
+def _damaged(path: Path, how: str) -> DataError:
+    return DataError(f"{path} is damaged ({how}). Delete it, or choose another --output-dir.")
 
 
 def _to_device(model: Any) -> None:

@@ -60,6 +60,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     prompts = trainer.prompts.select(chosen[mine].tolist())
     asked = [None if round == 0 else int(q) for q in quantile[mine]]
     strength = 1.0 if round == 0 else args.explore_strength
+    trainer.fix_rows()
     rows = trainer.completer.batch_rows or trainer.completer.fitting_rows(prompts.ids, trainer.generation_settings)
     kept = PartialRound(
         trainer.pool_folder,
@@ -67,8 +68,10 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
         accelerator.process_index,
         {"samples": len(chosen), "processes": accelerator.num_processes, "chunk": _chunk(trainer), "rows": rows},
     )
-    # a batch of other samples would round other digits, so the batches are those that the round was begun with
-    before, trainer.completer.batch_rows = trainer.completer.batch_rows, kept.key["rows"]
+    # A batch of other samples would round other digits, so the batches are those that the round was begun with; but who
+    # sets their size may have run out of memory with those.
+    before = trainer.completer.batch_rows
+    trainer.completer.batch_rows = args.generation_batch_size or kept.key["rows"]
     try:
         completions = trainer.complete(
             prompts,
@@ -121,7 +124,7 @@ def _scored(
     """
     args, size = trainer.args, _chunk(trainer)
     texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
-    stopped, failed = False, 0
+    stopped, failed, reason = False, 0, ""
     scores = dict(kept.scores)
     with trainer.display.bar(f"round {round + 1} score", len(texts), "samples") as advance:
         for chunk, start in enumerate(range(0, len(texts), size)):
@@ -142,6 +145,8 @@ def _scored(
                 if not batch.failures:  # else the next attempt, if there is one, asks again
                     kept.add_scores(chunk, scores[chunk])
                 failed += batch.num_failed
+                if batch.failures:
+                    reason = reason or f"{batch.failures[0].function}: {batch.failures[0].reason}"
                 if batch.failures and failed > args.max_failed_rewards * len(texts):
                     first = batch.failures[0]
                     raise RewardError(
@@ -154,7 +159,9 @@ def _scored(
     trainer.stop_together(f"while round {round + 1} was scored; {num} of {len(texts)} rewards are kept")
     assert not stopped
     if failed:
-        warnings.warn(f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round}", stacklevel=2)
+        warnings.warn(
+            f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round} ({reason})", stacklevel=2
+        )
     lines = [scores[chunk] for chunk in sorted(scores)]
     columns: dict[str, list[Any]] = {
         "prompt_ids": prompts.ids,

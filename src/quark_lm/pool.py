@@ -345,7 +345,7 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            append_line(self.path, json.dumps({**line, CHECK: checksum(line)}, allow_nan=False))
+            append_line(self.path, _line(line))
         except OSError as error:
             raise self.error(
                 f"A batch could not be kept in {self.path} ({error.strerror or error}). Make room or mend the folder's"
@@ -357,7 +357,8 @@ class PartialRound:
     """What one rank has explored of a round that is not finished, batch by batch on disk.
 
     Args:
-        key: what the batches depend on; what is on disk under another key is forgotten.
+        key: what the batches depend on; what is on disk under another key is forgotten, which a warning tells. Under
+            another "chunk" alone the completions stay, and only their scores go.
     """
 
     def __init__(self, pool: Path, round: int, rank: int, key: Mapping[str, Any]) -> None:
@@ -366,9 +367,8 @@ class PartialRound:
         self.scores: dict[int, dict[str, Any]] = {}  # by the number of the chunk
         self.seconds = 0.0  # of sampling
         self._journal = Journal(self.path, lambda: dict(key), PoolError)
-        if {**self._journal.begun, "rows": 0} != {**key, "rows": 0}:
-            self.path.unlink()
-            self._journal = Journal(self.path, lambda: dict(key), PoolError)
+        with self._journal.reading():
+            self._follow(key, round, rank)
         self.key = self._journal.begun  # with the rows of a batch that it was begun with
         with self._journal.reading():
             for line in self._journal.lines:
@@ -377,6 +377,30 @@ class PartialRound:
                     self.seconds += float(line["seconds"])
                 else:
                     self.scores[int(line["chunk"])] = line
+
+    def _follow(self, key: Mapping[str, Any], round: int, rank: int) -> None:
+        """Makes the journal that of the key, and tells what is lost by it."""
+        begun, lines = self._journal.begun, self._journal.lines
+        differing = [name for name in sorted({*begun, *key} - {"rows"}) if begun.get(name) != key.get(name)]
+        if not differing:
+            return
+        samples = [line for line in lines if "indices" in line]
+        if differing == ["chunk"]:
+            again, num = "scored", sum(len(line["reward"]) for line in lines if "indices" not in line)
+            whole = [{**key, "rows": begun["rows"]}, *samples]
+        else:
+            again, num = "sampled and scored", sum(len(line["indices"]) for line in samples)
+            if rank == 0:  # for a rank that is there no more nobody else tells it
+                num += sum(_num_samples(path) for path in _partials(self.path.parent, round, key["processes"]))
+            whole = [dict(key)]
+        if num:
+            changes = ", ".join(f"{name}: {begun.get(name)} before, {key.get(name)} now" for name in differing)
+            warnings.warn(
+                f"{num:,} samples that were kept of round {round} are {again} again ({changes}).", stacklevel=4
+            )
+        with written_whole(self.path) as temporary:  # a kill must not lose what stays
+            temporary.write_text("".join(f"{_line(line)}\n" for line in whole), encoding="utf-8")
+        self._journal = Journal(self.path, lambda: dict(key), PoolError)
 
     def _add(self, line: dict[str, Any]) -> None:
         self._journal.add(**line)
@@ -391,8 +415,10 @@ class PartialRound:
         self._add(self.scores[chunk])
 
     @staticmethod
-    def remove(pool: Path, round: int, rank: int) -> None:
-        _partial(pool, round, rank).unlink(missing_ok=True)
+    def remove(pool: Path, round: int) -> None:
+        """Of all ranks, those too that an earlier part of the run had more."""
+        for path in _partials(pool, round):
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def forget_scores(pool: Path, round: int, rank: int) -> None:
@@ -404,8 +430,19 @@ class PartialRound:
                 temporary.write_text("".join(s for s in lines if "rewards" not in json.loads(s)), encoding="utf-8")
 
 
-def _partial(pool: Path, round: int, rank: int) -> Path:
+def _partial(pool: Path, round: int, rank: int | str) -> Path:
     return pool / f"round-{round:05d}.rank-{rank}.partial.jsonl"
+
+
+def _partials(pool: Path, round: int, first: int = 0) -> list[Path]:
+    """Those of the ranks from `first` on."""
+    ranks = [path.name.split(".")[1].removeprefix("rank-") for path in pool.glob(_partial(pool, round, "*").name)]
+    return [_partial(pool, round, int(rank)) for rank in ranks if rank.isdecimal() and int(rank) >= first]
+
+
+def _num_samples(path: Path) -> int:
+    lines = map(_checked_line, path.read_bytes().splitlines(keepends=True))
+    return sum(len(line["indices"]) for line in lines if line and "indices" in line)
 
 
 def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
@@ -455,6 +492,11 @@ def read_initial(source: str | Path | pa.Table | Any) -> dict[str, list[Any]]:
                 f"initial_pool: the reward of row {number} is {reward!r}, which cannot be ranked. Give a finite number."
             )
     return data
+
+
+def _line(told: Mapping[str, Any]) -> str:
+    """A journal's line, with its checksum."""
+    return json.dumps({**told, CHECK: checksum(told)}, allow_nan=False)
 
 
 def _checked_line(line: bytes) -> dict[str, Any] | None:

@@ -58,8 +58,7 @@ def launch(accelerate: str, num_processes: int | None, arguments: Sequence[str])
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     count = [] if num_processes is None else ["--num_processes", str(num_processes)]
-    # port 0: a free one
-    flags = ["--config_file", str(config), *count, "--main_process_port", "0", "-m", "quark_lm.cli", *arguments]
+    flags = ["--config_file", str(config), *count, *_port(config), "-m", "quark_lm.cli", *arguments]
     # it tells at length what each process has told in a line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -86,6 +85,15 @@ def launch(accelerate: str, num_processes: int | None, arguments: Sequence[str])
     return 0
 
 
+def _port(config: Path) -> list[str]:
+    """The flag that takes a free port; none where all machines must know one, or the file names its own."""
+    from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
+
+    told = load_config_from_file(str(config))
+    is_free = told.num_machines in (None, 1) and getattr(told, "main_process_port", None) is None
+    return ["--main_process_port", "0"] if is_free else []
+
+
 def _config(accelerate: str) -> Path:
     if accelerate.startswith("zero"):
         raise ConfigError(
@@ -100,7 +108,7 @@ def _config(accelerate: str) -> Path:
             " Choose one of them."
         )
     import yaml
-    from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
+    from accelerate.commands.config.config_args import load_config_from_file
 
     try:
         load_config_from_file(accelerate)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
+import random
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from . import loading
@@ -31,17 +34,20 @@ def identity(trainer: QuarkTrainer) -> dict[str, Any]:
             crc = zlib.crc32(text.encode(), crc)
         return f"{len(texts)}, crc {crc}"
 
-    held_out = trainer.eval_prompts
+    held_out, options = trainer.eval_prompts, trainer.args.model_init_kwargs
     return {
         **counting_settings(trainer.args, trainer.get_total_train_batch_size(trainer.args)),
         "model": base_name(trainer.model),
+        "revision": options.get("revision") if isinstance(options, dict) else None,
         "dtype": str(causal_lm(trainer.model).dtype).removeprefix("torch."),
         "adapter": loading.adapter_identity(trainer.model),
         "reward_tokens": list(trainer.reward_tokens.texts),
         "reward_funcs": trainer.rewards.names,
+        "scorers": trainer.rewards.told,  # a name does not say which server, file or activation it is
         "prompts": told(trainer.prompts.texts, trainer.prompts.columns),
         "eval_prompts": told(held_out.texts, held_out.columns) if held_out else None,
         "eval_reward_funcs": trainer.eval_rewards.names if trainer.eval_rewards else [],
+        "eval_scorers": trainer.eval_rewards.told if trainer.eval_rewards else [],
         "initial_pool": told(trainer.initial_pool.told) if trainer.initial_pool is not None else None,
     }
 
@@ -81,6 +87,7 @@ def go_on_from(trainer: QuarkTrainer, checkpoint: str | Literal[False]) -> None:
         assert told is not None  # `train` takes no other checkpoint
         marker = told
     step, measured = marker["step"], marker.get("measured", True)
+    trainer._saved_at = step
     round, inside = divmod(step, args.steps_per_round)
     trainer._owed = round - 1 if checkpoint and not inside and not measured else None
     trainer._sums.zero_()
@@ -122,3 +129,67 @@ def no_pickles(checkpoint: str | Literal[False]) -> Iterator[None]:
             f"A file in {checkpoint} is damaged or holds other things than tensors, and was not loaded: unpickling can"
             " run a stranger's code. Delete that checkpoint: the run goes on from the one before."
         ) from error
+
+
+# All that a `.metadata` of torch.distributed.checkpoint names, beside the dtypes. None of it does more than hold values
+_METADATA = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}  # fmt: skip
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if is_dtype or (module, name) in _METADATA:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+
+
+def check_sharded_files(checkpoint: Path) -> None:
+    """Finds in a checkpoint in parts what torch.distributed.checkpoint would unpickle without a look at it.
+
+    That is each `.metadata`, and what is no tensor in the files that it lists, such as the optimizer's settings.
+
+    Raises: pickle.UnpicklingError when they hold anything else than plain values.
+    """
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+    for path in sorted(checkpoint.rglob("*.metadata")):
+        try:
+            metadata = _Metadata(io.BytesIO(path.read_bytes())).load()
+            kinds = [type(part) for part in (metadata, metadata.state_dict_metadata, metadata.storage_data)]
+            if kinds != [Metadata, dict, dict]:  # others could show torch something else than this loop
+                raise TypeError(f"its parts are {kinds}")
+            for name, kind in metadata.state_dict_metadata.items():
+                if not isinstance(kind, BytesStorageMetadata):
+                    continue  # a tensor, which torch loads as one
+                place = metadata.storage_data[MetadataIndex(name)]
+                if place.transform_descriptors:  # what is unpacked would not be what is looked at here
+                    raise ValueError(f"{name} is packed")
+                with (path.parent / place.relative_path).open("rb") as file:
+                    file.seek(place.offset)
+                    torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+        except Exception as error:  # bytes that are no such pickle raise anything
+            raise pickle.UnpicklingError(f"{path}: {error}") from error
+
+
+def random_state() -> tuple[Any, ...]:
+    """Of the random numbers that a checkpoint holds."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)

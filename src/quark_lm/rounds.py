@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from . import measuring
 from .collator import Draw
 from .errors import GenerationError, RewardError
-from .packaged import base_name
 from .processes import first_tells
-from .run_folder import file_digests, read_marker, write_marker
+from .resuming import random_state, set_random_state
+from .run_folder import read_marker, write_marker
 
 if TYPE_CHECKING:
     from .trainer import QuarkTrainer
@@ -38,6 +38,8 @@ class Rounds(TrainerCallback):
 
     def __init__(self, trainer: QuarkTrainer) -> None:
         self.trainer = trainer
+        self._random: Any = None  # as the last finished step left it
+        self._counts: tuple[Any, ...] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -59,6 +61,7 @@ class Rounds(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        self._random = random_state()  # the loader, which is opened next, draws from it, also when the run goes on
         round = state.global_step // args.steps_per_round
         trainer.round_metrics = {"round": round}
         trainer.explore(round)
@@ -74,6 +77,22 @@ class Rounds(TrainerCallback):
             table = trainer.open_pool().to_table([round]).slice(0, args.num_completions_to_print)
             rows = list(zip(*(table.column(c).to_pylist() for c in ("prompt", "completion", "reward")), strict=True))
             trainer.display.completions(f"round {round + 1}", rows)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if state.global_step % args.steps_per_round:
+            self._random = random_state()
+        self._counts = trainer._sums.clone(), trainer.current_flos, state.num_input_tokens_seen
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A stop between two micro-batches drops the step, and leaves no trace of it: what follows saves the last."""
+        trainer = self.trainer
+        if trainer.all_stop():
+            set_random_state(self._random)
+            trainer._sums, trainer.current_flos, state.num_input_tokens_seen = self._counts
+            # shared by all trainers of a process: the next one's optimizer would take no step, and load no state
+            trainer.accelerator.gradient_state._set_sync_gradients(True)
+            control.should_training_stop = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_finite()
@@ -114,21 +133,3 @@ class Rounds(TrainerCallback):
         told = trainer.verdict() if trainer.is_world_process_zero() and not trainer.interrupted else {}
         if told:
             trainer.display.line(told["text"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Marks the checkpoint as complete: each rank calls this when Trainer has written its part."""
-        trainer = self.trainer
-        trainer.accelerator.wait_for_everyone()
-        sums = trainer._all_sums().tolist()
-        if args.should_save:
-            marker = {
-                "step": state.global_step,
-                "pool_sha256": trainer.open_pool().hashes(),
-                "measured": trainer._measured_at == state.global_step,
-                "stops_early": trainer._stops_early,
-                "base": base_name(trainer.model),
-                "sums": sums,
-            }
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            marker["metrics"] = trainer.metrics_digest(marker["measured"])
-            write_marker(path, {**marker, "files": file_digests(path)})

@@ -5,7 +5,7 @@ environment.json    versions and hardware
 run.json            what makes this run this run: a folder of another is refused
 metrics.jsonl       one JSON object a line, with `round` and `step`
 pool/               every sample (see pool.py)
-checkpoint-N/       resumable; `complete.json` is written last, so a torn one is known
+checkpoint-N/       resumable; written in checkpoint.partial/, marked by `complete.json`, and only then put here
 model/              the finished model
 results.json        the figures at the end
 """
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .config import QuarkConfig
 
 MARKER = "complete.json"
+UNFINISHED = "checkpoint.partial"  # the folder in which a checkpoint is written
 # Errors by which torch and safetensors, which know no OSError, tell that a file could not be written.
 _REFUSED = ("No space left", "File too large", "quota exceeded", "file write failed", "Read-only file system",
             "PytorchStreamWriter failed", "unexpected pos", "Input/output error")  # fmt: skip
@@ -63,7 +65,7 @@ def write_json(path: Path, data: Any) -> None:
 # Fields of TrainingArguments that change what a run computes; of Quark's own all count but those below.
 _COUNTING = (
     "seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
-    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16",
+    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16", "neftune_noise_alpha",
 )  # fmt: skip
 _NOT_COUNTING = (
     "preset", "num_rounds", "generation_batch_size", "loss_chunk_elements", "log_completions",
@@ -200,14 +202,27 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _has_samples(folder: Path) -> bool:
-    """Whether a folder holds a round or a checkpoint; one that cannot be read counts."""
+    """Whether a folder holds a round, a part of one or a checkpoint; what cannot be read counts."""
     try:
         rounds = parsed((folder / "pool" / "manifest.json").read_bytes())["rounds"]
     except FileNotFoundError:
         rounds = []
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    return bool(rounds) or last_checkpoint(folder)[0] is not None
+    journals = (folder / "pool").glob("*.partial.jsonl")
+    begun = any(path.read_bytes().count(b"\n") > 1 for path in journals)  # the first line holds no sample
+    return bool(rounds) or begun or last_checkpoint(folder)[0] is not None
+
+
+def fixed_rows(folder: Path, fitting: int) -> int:
+    """Rows of a generation batch for the whole run that a folder holds: those that fitted when it was begun."""
+    path = folder / "run.json"
+    told = parsed(path.read_bytes())
+    rows = told.get("generation_rows")
+    if type(rows) is not int or rows < 1:
+        rows = fitting
+        write_json(path, {**told, "generation_rows": rows})
+    return rows
 
 
 def begun_dtype(folder: Path) -> str | None:
@@ -241,11 +256,22 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": versions,
     }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "") or (
+        platform.processor() or platform.machine()
+    )
 
 
 def write_marker(checkpoint: Path, marker: dict[str, Any]) -> None:
@@ -264,6 +290,35 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return marker if is_whole and check in (None, checksum(marker)) else None
+
+
+def put_in_place(written: Path, path: Path, marker: dict[str, Any]) -> None:
+    """Marks a checkpoint that lies written beside its place, and renames it to `path`."""
+    digests = file_digests(written)
+    for name in digests:
+        with (written / name).open("rb") as file:
+            os.fsync(file.fileno())  # older ones are deleted next
+    write_marker(written, {**marker, "files": digests})
+    if path.exists():  # a torn or damaged one, or one of the steps that the run has gone back on
+        _remove(path)
+    os.replace(written, path)
+    written.parent.rmdir()
+
+
+def rotate(folder: Path, limit: int | None, kept: Sequence[str]) -> None:
+    """Deletes torn checkpoints, and of the whole ones above the limit the oldest whose names are not in `kept`."""
+    if limit is None or limit <= 0:
+        return
+    torn = last_checkpoint(folder)[1]
+    whole = [path for path in _checkpoints(folder) if path not in torn]
+    spare = [path for path in whole if path.name not in kept]
+    for path in [*torn, *spare[: max(0, len(whole) - limit)]]:
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first: what a kill leaves of it must not pass for whole
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def file_digests(checkpoint: Path) -> dict[str, str]:
@@ -288,8 +343,8 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 def last_whole_checkpoint(folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """(the newest checkpoint whose files are as they were written or None, why each newer or torn one is not it)."""
-    torn = last_checkpoint(folder)[1]
-    wrong = {path: what_is_wrong(path) or "" for path in torn}
+    wrong = {path: what_is_wrong(path) or "" for path in last_checkpoint(folder)[1]}
+    wrong |= dict.fromkeys(_checkpoints(Path(folder) / UNFINISHED), "was not finished when its run stopped")
     for path in reversed(_checkpoints(folder)):
         if path not in wrong:
             reason = what_is_wrong(path)

@@ -40,6 +40,7 @@ def generate(
     reward_tokens: RewardTokens | None = None,
     quantile: int | None = -1,
     strength: float | Sequence[float] | Mapping[str, float] = 1.0,
+    from_token: str = "worst",
     seed: int = 0,
     max_completion_length: int = 20,
     min_completion_length: int = 0,
@@ -58,6 +59,8 @@ def generate(
             model with several attributes: `RewardTokens.code` of one quantile each.
         strength: of the dial between that token and the worst, one for all or one a prompt; or one number by the name
             of each attribute that is turned by itself.
+        from_token: "worst", or "none": the dial starts from the prompt without a token, which training with
+            `token_dropout` keeps apart.
         on_token: called with (index of the prompt, its completion so far) as tokens come.
 
     Raises: ConfigError for a quantile that there is not, or a dial without two tokens; DataError for prompts that are
@@ -76,6 +79,7 @@ def generate(
         reward_tokens=reward_tokens,
         quantile=quantile,
         strength=strength,
+        from_token=from_token,
         seed=seed,
         max_completion_length=max_completion_length,
         min_completion_length=min_completion_length,
@@ -96,6 +100,7 @@ def generate_batches(
     reward_tokens: RewardTokens | None = None,
     quantile: int | None = -1,
     strength: float | Sequence[float] | Mapping[str, float] = 1.0,
+    from_token: str = "worst",
     seed: int = 0,
     batch_rows: int | None = None,
     on_token: Callable[[int, str], None] | None = None,
@@ -115,6 +120,10 @@ def generate_batches(
     check_names(reward_tokens, strength)
     for turn in strength.values() if isinstance(strength, Mapping) else [strength]:
         check_strength(turn)
+    if from_token not in ("worst", "none"):
+        raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
+    if from_token == "none" and isinstance(strength, Mapping):
+        raise ConfigError("from_token='none' leaves out the tokens of all attributes. Give one strength for all.")
     plain = reward_tokens is None or quantile is None
     if plain and not (isinstance(strength, (int, float)) and strength == 1.0):
         raise ConfigError(
@@ -135,7 +144,7 @@ def generate_batches(
     dials: list[Dial] = []
     if reward_tokens is not None and quantile is not None:
         wanted = quantile % reward_tokens.num_codes
-        ids, dials = branches(reward_tokens, encoded, [wanted] * len(encoded), strength)
+        ids, dials = branches(reward_tokens, encoded, [wanted] * len(encoded), strength, from_token)
     completer = HFCompleter(model, eos_ids(model, tokenizer), batch_rows)
     so_far: dict[int, list[int]] = {}
 
@@ -181,8 +190,11 @@ def branches(
     prompts: EncodedPrompts,
     quantiles: Sequence[int | None],
     strength: float | Sequence[float] | Mapping[str, float] = 1.0,
+    from_token: str = "worst",
 ) -> tuple[list[list[int]], list[Dial]]:
     """Each prompt's ids with the token of its quantile, and the dials: from the worst in all, or in each that is named.
+
+    from_token: "none": from the prompt without a token.
 
     A prompt with the quantile None gets no token anywhere, so that no strength moves it.
     """
@@ -191,7 +203,7 @@ def branches(
     if not isinstance(strength, Mapping):
         if isinstance(strength, (int, float)) and strength == 1.0:
             return ids, []
-        worst = reward_tokens.worst
+        worst = reward_tokens.worst if from_token == "worst" else None
         return ids, [([reward_tokens.insert(p, None if q is None else worst, at) for p, q, at in triples], strength)]
     dials: list[Dial] = []
     for name, value in strength.items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import shutil
 import signal
 import time
 import warnings
@@ -24,9 +25,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]  # it ships no py.typed
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import export, loading, measuring, quantiles, resuming
@@ -49,12 +52,16 @@ from .rewards.runner import RewardRunner
 from .rounds import Draws, Rounds
 from .run_folder import (
     MARKER,
+    UNFINISHED,
     MetricsFile,
     claim,
     describe,
     disk_errors,
+    fixed_rows,
     last_whole_checkpoint,
     locked,
+    put_in_place,
+    rotate,
     what_is_wrong,
     write_json,
 )
@@ -274,6 +281,7 @@ class QuarkTrainer(Trainer):
         self._trains = self._is_finished = self._stops_early = False
         self._failed: RewardError | GenerationError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
+        self._saved_at = -1  # the step of the newest checkpoint
         self._owed: int | None = None  # the round whose last measurements a stopped run did not make
         # since the last line of metrics: NLL, KL, entropy, tokens, loss, steps
         self._sums = torch.zeros(6, dtype=torch.float64)
@@ -294,6 +302,7 @@ class QuarkTrainer(Trainer):
         """
         pool = self.open_pool()
         if pool.has_round(round):
+            self._sweep(round)  # a kill may have come between the round and this
             return
         figures: dict[str, float] = {}
         if round == 0 and self.initial_pool is not None:
@@ -308,7 +317,7 @@ class QuarkTrainer(Trainer):
         if self.is_world_process_zero():
             pool.append(round, columns, figures)
         self.accelerator.wait_for_everyone()
-        PartialRound.remove(self.pool_folder, round, self.accelerator.process_index)
+        self._sweep(round)
         if not self.is_world_process_zero():
             pool.catch_up()
 
@@ -352,6 +361,20 @@ class QuarkTrainer(Trainer):
         self.stop_together(f"during {verb}{num}")
         return [done.get(i, completion) for i, completion in enumerate(completions)]
 
+    def fix_rows(self) -> None:
+        """Fixes the rows of the model's generation batches for the whole run; every rank calls it at the same place.
+
+        Another process finds other memory free, and batches of other rows round other digits.
+        """
+        hf = self.hf_completer
+        if hf.batch_rows is None:
+            prompts = [*self.prompts.ids, *(self.eval_prompts.ids if self.eval_prompts is not None else [])]
+            longest = max(map(len, prompts), default=1) + self.reward_tokens.longest
+            fitting = hf.fitting_rows([[0] * longest], self.generation_settings)
+            if self.accelerator.num_processes > 1:
+                fitting = min(gather_object([fitting]))
+            hf.batch_rows = first_tells(lambda: fixed_rows(self.folder, fitting))
+
     def _give_weights(self) -> None:
         """Gives vLLM the policy's weights when they have changed since; every rank calls it at the same place."""
         assert self.vllm is not None
@@ -382,6 +405,11 @@ class QuarkTrainer(Trainer):
             finally:
                 hf.model, hf.head = before
                 self.completer = completer
+
+    def _sweep(self, round: int) -> None:
+        """Removes what was kept of a round that is there."""
+        if self.is_world_process_zero():
+            PartialRound.remove(self.pool_folder, round)
 
     def _check_rewards(self, round: int, columns: dict[str, list[Any]]) -> None:
         names = [f"reward/{name}" for name in self.rewards.names] if self.args.reward_attributes else ["reward"]
@@ -592,6 +620,7 @@ class QuarkTrainer(Trainer):
     ) -> dict[str, float]:
         """others: the prompts are not the run's own, so that its verdict leaves the figures out."""
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
+        self.fix_rows()
         each = self.args.num_eval_generations
         repeated = prompts.select(np.repeat(np.arange(len(prompts)), each).tolist())
         seeds = sample_seeds(self.args.seed, EVAL, num=len(repeated))
@@ -633,13 +662,17 @@ class QuarkTrainer(Trainer):
                     logs["entropy"] = entropy / tokens
                 self.round_metrics |= {"nll": logs["nll"], "kl": logs["kl"]}
         super().log(logs, start_time)
-        if self.is_world_process_zero() and not self._is_finished:
-            step = self.state.global_step
+        step = self.state.global_step
+        if self.is_world_process_zero() and not (self._is_finished and self._has_ended(step)):
             round = min(max(step - ("loss" in logs), 0) // self.args.steps_per_round, self.args.num_rounds - 1)
             untrained = {} if self._trains or step else {"untrained": True}
             self.metrics_file.append(
                 {"round": self.round_metrics.get("round", round), "step": step, **logs, **untrained}
             )
+
+    def _has_ended(self, step: int) -> bool:
+        """Whether the run's last line is there: a kill may have come between it and the last checkpoint."""
+        return any("train_runtime" in line and line.get("step") == step for line in self.metrics_file.lines())
 
     def _all_sums(self) -> torch.Tensor:
         """The sums since the last line over all ranks; the steps are one rank's."""
@@ -669,8 +702,12 @@ class QuarkTrainer(Trainer):
                 if not (Path(resume_from_checkpoint) / MARKER).is_file():
                     reason = f"has no {MARKER}, so it is not Quark's or was not finished"
                 raise ModelError(f"{resume_from_checkpoint} {reason}. Give another checkpoint, or none for the newest.")
+            if self.is_world_process_zero():
+                shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             if resume_from_checkpoint:
                 resuming.check_sharding(self, Path(resume_from_checkpoint))
+                with resuming.no_pickles(resume_from_checkpoint):
+                    resuming.check_sharded_files(Path(resume_from_checkpoint))
             with disk_errors(self.folder):
                 resuming.check_pool(self, resume_from_checkpoint)
                 resuming.go_on_from(self, resume_from_checkpoint)
@@ -683,7 +720,8 @@ class QuarkTrainer(Trainer):
                     if self._failed is not None:
                         raise self._failed
                     step = self.state.global_step
-                    self.stop_together(f"after step {step} of {self.state.max_steps}, which is saved")
+                    saved = f"after step {step} of {self.state.max_steps}, which is saved"
+                    self.stop_together(saved if step else "before the first step was done")
             finally:
                 self._trains = self._is_finished = False
                 self.learn_bar.close()
@@ -775,6 +813,38 @@ class QuarkTrainer(Trainer):
 
     def _nothing_new(self, figures: dict[str, Any]) -> bool:
         return bool(self.args.early_stop) and figures.get("share_above_best") == 0.0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes a checkpoint: beside its place, and where it finds no other that it would delete."""
+        return str(self.folder / UNFINISHED)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes the checkpoint, marks it, puts it in its place, and only then deletes older ones."""
+        step, state = self.state.global_step, self.state
+        if step in (0, self._saved_at):  # a stop asks again at the end of its epoch
+            return
+        name, best = f"checkpoint-{step}", f"checkpoint-{state.best_global_step}"
+        super()._save_checkpoint(model, trial)
+        if best == name or (self.folder / best).is_dir():
+            state.best_model_checkpoint = str(self.folder / best)
+        self.accelerator.wait_for_everyone()
+        sums = self._all_sums().tolist()
+        if self.is_world_process_zero():
+            written = self.folder / UNFINISHED / name
+            state.save_to_json(str(written / TRAINER_STATE_NAME))  # Trainer's names `written` as the best one's place
+            measured = self._measured_at == step
+            marker = {
+                "step": step,
+                "pool_sha256": self.open_pool().hashes(),
+                "measured": measured,
+                "stops_early": self._stops_early,
+                "base": base_name(self.model),
+                "sums": sums,
+                "metrics": self.metrics_digest(measured),
+            }
+            put_in_place(written, self.folder / name, marker)
+            rotate(self.folder, self.args.save_total_limit, [name, Path(state.best_model_checkpoint or "").name])
+        self._saved_at = step
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

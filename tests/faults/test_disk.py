@@ -24,7 +24,7 @@ PLACES = {
         1,
         "could not be written",
     ),
-    "the marker of a checkpoint": ("quark_lm.rounds:write_marker", 1, "could not be written"),
+    "the marker of a checkpoint": ("quark_lm.run_folder:write_marker", 1, "could not be written"),
     "another round of the pool": ("quark_lm.pool:Pool.append", 1, "Round 1 could not be written"),
     "the finished model": ("quark_lm.export:save", 1, "model could not be written"),
 }

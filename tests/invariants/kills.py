@@ -25,6 +25,8 @@ from typing import Any
 import recipe
 import torch
 
+import quark_lm.run_folder as run_folder
+import quark_lm.trainer as trainer_module
 from quark_lm import Pool, QuarkTrainer
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.pool import PartialRound
@@ -111,6 +113,9 @@ def aimed(random_numbers: random.Random) -> tuple[str, Callable[[], None]]:
             (f"metrics line {2 * count}", at_call(MetricsFile, "append", 2 * count)),
             (f"weights of checkpoint {count}", at_call(QuarkTrainer, "save_model", count)),
             (f"checkpoint {count}", at_call(QuarkTrainer, "_save_checkpoint", count, before=False)),
+            (f"marker {count}", at_call(run_folder, "write_marker", count)),
+            (f"checkpoint in place {count}", at_call(trainer_module, "put_in_place", count, before=False)),
+            (f"older checkpoints {count}", at_call(run_folder, "_remove", count, before=False)),
             (f"optimizer {count}", at_call(QuarkTrainer, "_save_optimizer_and_scheduler", count)),
             (f"end of round {count}", at_call(QuarkTrainer, "finish_round", count)),
         ]

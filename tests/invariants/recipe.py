@@ -4,7 +4,8 @@ A run learns two rounds of three steps: round 0 from a user's own scored data, r
 with the dial. `python recipe.py FOLDER NAMES...` runs those cases in a process group and writes FOLDER/<name>.json. A
 case's name may be followed by ways to run it: ".fsdp" (FSDP2; those come last, for Accelerate keeps to it), ".parts"
 (no rank gathers the whole model to explore), ".sharded" (checkpoints in parts), ".stopped" (after two steps, and
-resumed), ".few" (fewer prompts than processes).
+resumed), ".halves" (a step's draws in two micro-batches; a stop then comes between them), ".few" (fewer prompts than
+processes).
 """
 
 from __future__ import annotations
@@ -186,7 +187,9 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         case, *ways = name.split(".")
         case, changes = CASES[case], changes_of(ways)
-        changes["per_device_train_batch_size"] = BATCH // int(os.environ["WORLD_SIZE"])
+        parts = 2 if "halves" in ways else 1
+        changes["per_device_train_batch_size"] = BATCH // int(os.environ["WORLD_SIZE"]) // parts
+        changes["gradient_accumulation_steps"] = parts
         policy._WHOLE_SHARE = 0.0 if "parts" in ways else share
         Watched.told = set()
         if "stopped" in ways:
@@ -196,7 +199,7 @@ def main(folder: Path, names: list[str]) -> None:
             try:
                 stopped.train()
             except KeyboardInterrupt:
-                assert stopped.state.global_step == 2
+                assert stopped.state.global_step == (1 if "halves" in ways else 2)  # between halves the step is dropped
         made = trainer(folder / name, case, **changes)
         made.train()
         whole = made.policy.whole()

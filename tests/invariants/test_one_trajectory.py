@@ -26,10 +26,11 @@ from quark_lm import Pool, RewardTokens, quantiles
 from quark_lm.exploring import DROPOUT
 
 ROOT = Path(__file__).parents[2]
-STOPPED = "gpt2-untied.stopped"
+STOPPED = ["gpt2-untied.stopped", "gpt2-untied.halves.stopped"]
 FSDP = ["gpt2-tied.fsdp", "gpt2-untied.fsdp", "llama-tied.fsdp", "gpt2-untied-lora.fsdp", "llama-tied-lora.fsdp"]
 FSDP += ["llama-untied.fsdp.parts", "gpt2-untied-lora.fsdp.parts"]
 FSDP += ["gpt2-untied.fsdp.stopped", "llama-tied.fsdp.sharded.stopped", "llama-tied-lora.fsdp.stopped"]
+FSDP += ["gpt2-untied.fsdp.sharded.halves.stopped"]
 FOUR = ["llama-tied.fsdp.parts.few", "gpt2-tied.fsdp.few"]
 
 # eight prompts hold out too few rows to tell, and six steps teach the tokens nothing
@@ -59,7 +60,7 @@ def runs(tmp_path_factory):
 def started(tmp_path_factory):
     """Two and four gloo processes that run cases beside the other tests; gives functions that wait for them."""
     waits, processes = {}, []
-    for num, names in ((2, [*CASES, STOPPED, *FSDP]), (4, FOUR)):
+    for num, names in ((2, [*CASES, *STOPPED, *FSDP]), (4, FOUR)):
         folder = tmp_path_factory.mktemp(f"processes-{num}")
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", "--rdzv-backend=c10d"]
         command += ["--rdzv-endpoint=localhost:0", "--local-addr=localhost", recipe.__file__, str(folder), *names]
@@ -213,8 +214,9 @@ def test_two_processes_are_one(name, runs, started):
     assert samples(Pool.open(folder / name)) == samples(pool)  # they explored the same, too
 
 
-def test_when_one_of_two_processes_is_told_to_stop_both_do_and_the_run_goes_on(runs, started):
-    told = loads((started[2]() / f"{STOPPED}.json").read_text())
+@pytest.mark.parametrize("name", STOPPED)
+def test_when_one_of_two_processes_is_told_to_stop_both_do_and_the_run_goes_on(name, runs, started):
+    told = loads((started[2]() / f"{name}.json").read_text())
     assert equal(told["losses"], runs("gpt2-untied")[0])
 
 

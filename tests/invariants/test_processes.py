@@ -125,6 +125,25 @@ def test_a_broken_file_of_accelerate_is_one_line(content, tmp_path, capsys):
     assert "broken.yaml is no file of `accelerate config`" in line
 
 
+@pytest.mark.parametrize(
+    ("more", "port"),
+    [
+        ("", "0"),
+        ("num_machines: 1\n", "0"),
+        ("main_process_port: 29511\n", None),
+        ("num_machines: 2\nmachine_rank: 1\nmain_process_ip: node-0\nmain_process_port: 29511\n", None),
+        ("num_machines: 2\nmain_process_ip: node-0\n", None),
+    ],
+)
+def test_a_free_port_is_taken_where_no_other_machine_must_know_it(more, port, tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"distributed_type: MULTI_GPU\nnum_processes: 4\n{more}")
+    told = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", told.append)
+    assert processes.launch(str(path), None, []) == 0
+    assert told[0].main_process_port == (port and int(port))  # None: accelerate reads the file's
+
+
 def test_the_exit_code_of_one_process_is_handed_on(tmp_path, capfd):
     (tmp_path / "one.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\n")
     assert main(["train", "--accelerate", str(tmp_path / "one.yaml"), "--debug"]) == 2

@@ -90,6 +90,18 @@ def test_the_evaluated_model_and_the_evaluator_have_revisions_of_their_own(base,
         export.load(base, trust_remote_code=True)
 
 
+def test_a_model_that_generates_or_tries_a_reward_has_its_own_revision(base, tmp_path, asked):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n')
+    assert main(["generate", str(base), "the cat", "--revision", "one"]) == 0
+    assert {call[1:] for call in asked} == {(str(base), False, "one")}
+    asked.clear()
+    argv = ["check-reward", "repetition", "--revision", "two", "--num", "32"]
+    assert main([*argv, "--prompts", str(tmp_path / "prompts.jsonl"), "--model", str(base)]) == 0
+    assert {call[1:] for call in asked} == {(str(base), False, "two")}
+    (tmp_path / "texts.jsonl").write_text('{"completion": "a b"}\n' * 40)
+    assert main([*argv, "--completions", str(tmp_path / "texts.jsonl")]) == 2
+
+
 CODE = "import pathlib\npathlib.Path({!r}).touch()\nfrom transformers import GPT2LMHeadModel as M, GPT2Config as C\n"
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed.checkpoint as parts
 from test_trainer import lora, make, stopped_at
 from tiny import tiny_gpt2, tiny_tokenizer
 
@@ -21,6 +23,7 @@ from quark_lm.errors import ModelError, QuarkError
 from quark_lm.evaluation.completions import read_completions
 from quark_lm.pool import read_initial
 from quark_lm.prompts import load_prompts
+from quark_lm.resuming import check_sharded_files, no_pickles
 from quark_lm.run_folder import file_digests, last_checkpoint, read_marker, write_marker
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +175,59 @@ def test_a_changed_checkpoint_is_not_even_opened(stopped, tmp_path, trace):
         UserWarning, match=r"is not whole \(its optimizer.pt is not what the run wrote\), and is not used"
     ):
         run(tmp_path / "run", adapter).train()
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A checkpoint in parts, as accelerate writes an optimizer: tensors, and settings that are none."""
+    state = {"state": {"w": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3, dtype=torch.bfloat16)}}}
+    state["param_groups"] = [{"lr": 0.1, "betas": (0.9, 0.999), "foreach": None, "params": ["w"]}]
+    with pytest.warns(UserWarning, match="intent is to save in a single process"):
+        parts.save({"optimizer": state}, storage_writer=parts.FileSystemWriter(tmp_path / "optimizer_0"), no_dist=True)
+    return tmp_path
+
+
+def refused(checkpoint):
+    with (
+        pytest.raises(ModelError, match="was not loaded: unpickling can run a stranger's code") as caught,
+        no_pickles(str(checkpoint)),
+    ):
+        check_sharded_files(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_in_parts_is_read_before_torch_unpickles_it(sharded):
+    kinds = pickle.loads((sharded / "optimizer_0" / ".metadata").read_bytes()).state_dict_metadata.values()
+    assert {type(kind).__name__ for kind in kinds} == {"TensorStorageMetadata", "BytesStorageMetadata"}
+    check_sharded_files(sharded)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0.metadata"])  # torch takes a process's own where there is no other
+@pytest.mark.parametrize("kind", ["a payload alone", "a payload within", "a function of torch", "garbage", "empty"])
+def test_hostile_metadata_of_a_checkpoint_in_parts_runs_nothing(kind, name, sharded, trace):
+    path = sharded / "optimizer_0" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())  # our own
+    metadata.planner_data = Payload(trace) if kind == "a payload within" else torch.hub.load
+    content = {"a payload alone": pickle.dumps(Payload(trace)), "garbage": b"\x80\x04}.", "empty": b""}
+    path.rename(path.with_name(name))
+    path.with_name(name).write_bytes(content.get(kind, pickle.dumps(metadata)))
+    refused(sharded)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_hostile_setting_in_a_part_of_a_checkpoint_runs_nothing(packed, sharded, trace):
+    """torch loads what is no tensor with weights_only=False."""
+    path = sharded / "optimizer_0" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())  # our own
+    index = next(index for index in metadata.storage_data if index.fqn.endswith(".lr"))
+    payload = io.BytesIO()
+    torch.save(0.1 if packed else Payload(trace), payload)
+    place = metadata.storage_data[index]
+    (path.parent / "other.distcp").write_bytes(payload.getvalue())
+    place.relative_path, place.offset, place.length = "other.distcp", 0, len(payload.getvalue())
+    place.transform_descriptors = ["stream.zstd"] if packed else None
+    path.write_bytes(pickle.dumps(metadata))
+    refused(sharded)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])

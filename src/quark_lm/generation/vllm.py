@@ -531,8 +531,10 @@ class VLLMServer:
 
     def _start(self) -> str:
         """The command that starts a server for this run."""
-        model = self._served[0] if self._served else self._folder
-        return f"VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.quote(str(model))} --port {httpx2.URL(self.url).port or 80}"
+        model, url = self._served[0] if self._served else self._folder, httpx2.URL(self.url)
+        # named: vLLM itself listens on every interface, where whoever reaches it can change its weights
+        command = ["vllm", "serve", str(model), "--host", url.host, "--port", str(url.port or 80)]
+        return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(command)}"
 
 
 def sampling(settings: GenerationSettings, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:

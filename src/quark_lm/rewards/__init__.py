@@ -194,6 +194,8 @@ def _module_by_name(name: str, spec: str) -> ModuleType:
 
 
 def _module_of_file(path: Path, spec: str) -> ModuleType:
+    # what a run's records tell of it: as it was written, but for the folders that this machine alone may have
+    told = path.name if path.is_absolute() else os.path.normpath(path)
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ConfigError(
@@ -206,6 +208,7 @@ def _module_of_file(path: Path, spec: str) -> ModuleType:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    vars(module)["_quark_file"] = told
     sys.modules[name] = module  # dataclasses and pickles look their module up
     try:
         module_spec.loader.exec_module(module)

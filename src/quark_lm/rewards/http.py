@@ -247,10 +247,9 @@ class HttpReward:
 
     async def _turn(self) -> None:
         """Waits until the next request may go out."""
-        now = time.monotonic()
-        at = max(now, self._next_at)
-        self._next_at = at + self._gap
-        await asyncio.sleep(at - now)
+        while (wait := self._next_at - time.monotonic()) > 0:  # a Retry-After may come while it sleeps
+            await asyncio.sleep(wait)
+        self._next_at = time.monotonic() + self._gap
 
     def _leave_alone(self, retry_after: str) -> None:
         """Lets no request out, of whichever batch, before the server's Retry-After. Raises: RewardError if too long."""

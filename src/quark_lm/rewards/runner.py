@@ -16,6 +16,7 @@ import functools
 import inspect
 import math
 import numbers
+import sys
 import threading
 import warnings
 import weakref
@@ -123,6 +124,14 @@ class RewardRunner:
             "reraise": True,
         }
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def told(self) -> list[str]:
+        """Which scorer each function is, the same in every process and on every machine.
+
+        Of a function of the user's own that is its place and not its text: a mended one is the same.
+        """
+        return [_told(function) for function in self.functions]
 
     def score(
         self,
@@ -422,6 +431,17 @@ def _name(function: Callable[..., Any]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _told(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "scorer_name", None)
+    if name is not None:
+        return f"{name} {getattr(function, 'scorer_version', '')}".strip()
+    named = function if hasattr(function, "__qualname__") else type(function)  # an object's repr may tell its address
+    module = str(getattr(named, "__module__", None))
+    return f"{getattr(sys.modules.get(module), '_quark_file', module)}:{named.__qualname__}"
 
 
 def _unique(names: list[str]) -> list[str]:
