@@ -2,7 +2,7 @@
 
 python experiments/tables.py demo-sentiment           # all seeds, and the mean over them
 python experiments/tables.py demo-sentiment --short   # one row a system: the mean of the seeds and their range
-python experiments/tables.py owt-train --part openwebtext
+python experiments/tables.py owt-strength2 --part openwebtext
 python experiments/tables.py --tasks                  # results/tasks.json, and the rows of docs/tasks.md
 """
 
@@ -36,7 +36,7 @@ TASKS = [
     ),
     (
         "sentiment-positive",
-        "owt-train",
+        "owt-strength2",
         "openwebtext",
         "OpenWebText, 96 negative and 96 neutral; trained on others of them",
     ),
