@@ -316,18 +316,17 @@ def test_settings_that_cannot_work(tmp_path, changes, told):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_attribute_that_is_constant_stops_the_run(tmp_path):
+def test_an_attribute_that_is_constant_stops_the_run(tmp_path, monkeypatch):
     def flat(completions, **kwargs):
         return [1.0] * len(completions)
 
     def rewards(second):
-        second.__name__ = "second"
+        monkeypatch.setattr(second, "__name__", "second")
         return make(tmp_path, [vowels, second], reward_attributes=NAMES)
 
     with pytest.raises(RewardError, match="rewards of length of the pool are equal"):
         rewards(flat).train()
     rewards(length).train()  # mended, it takes the same folder
-    length.__name__ = "length"
 
 
 def test_attributes_whose_sum_is_constant_are_ranked_all_the_same(tmp_path):

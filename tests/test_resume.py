@@ -274,19 +274,32 @@ def test_a_setting_that_another_version_did_not_know_is_no_difference(tmp_path):
     make(tmp_path, save_strategy="epoch").train()
 
 
-def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path):
+def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path, monkeypatch):
     def constant(completions, **kwargs):
         return [0.5 for _ in completions]
 
     with pytest.raises(RewardError):
         make(tmp_path, constant).train()
     (journal,) = (tmp_path / "pool").glob("*.partial.jsonl")
-    with pytest.raises(ConfigError, match=r"beta: .* 0.2 here; reward_funcs: \['constant'\] there"):
-        make(tmp_path, graded, beta=0.2).train()  # its samples may still be of use
-    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
-    make(tmp_path, graded, beta=0.2).train()
+    assert '"rewards"' not in journal.read_text()
+    lines = list(map(json.loads, journal.read_text().splitlines()))
+    kept = [ids for line in lines for ids in line.get("completions", ())]
+    with pytest.raises(ConfigError, match=r"temperature: 1.0 there, 0.5 here"):
+        make(tmp_path, graded, temperature=0.5).train()  # its samples may still be of use
+    with monkeypatch.context() as patch:  # what would draw the same ones takes them over
+        patch.setattr(HFCompleter, "_complete_batch", lambda *args: pytest.fail("sampled again"))
+        make(tmp_path, graded, beta=0.2).explore(0)
     assert json.loads((tmp_path / "run.json").read_text())["reward_funcs"] == ["graded"]
-    assert Pool.open(tmp_path).rewards[0] != 0.5
+    pool = Pool.open(tmp_path)
+    assert pool.rewards[0] != 0.5
+    assert sorted(pool.to_table()["completion_ids"].to_pylist()) == sorted(kept)
+
+
+def test_a_first_attempt_without_a_sample_gives_its_folder_away(tmp_path):
+    make(tmp_path, temperature=0.5).open_pool()
+    PartialRound(tmp_path / "pool", 0, 0, {"rows": 1})
+    make(tmp_path, seed=9).explore(0)
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 9
 
 
 @pytest.mark.filterwarnings("ignore:32 samples that were kept of round 0 are scored again")
@@ -312,8 +325,8 @@ def test_what_a_kill_left_beside_a_round_that_is_there_is_removed(tmp_path):
 
 
 def test_another_scorer_of_the_same_name_is_another_run(tmp_path):
-    make(tmp_path, "http://127.0.0.1:9/score").open_pool()
-    PartialRound(tmp_path / "pool", 0, 0, {"rows": 1}).add_completions([0], [[5]], 0.1)
+    pool = make(tmp_path, "http://127.0.0.1:9/score").open_pool()
+    pool.append(0, {"completion_ids": [[5]], "reward": [0.5]})
     with pytest.raises(ConfigError, match=r"scorers: \['http http://127.0.0.1:9/score unpinned'\] there, .*127.0.0.2"):
         make(tmp_path, "http://127.0.0.2:9/score").open_pool()
     path = tmp_path / "run.json"  # as an older version wrote it

@@ -53,10 +53,21 @@ def test_samples_of_an_unfinished_round_make_a_folder_a_runs(tmp_path):
     journal = begun(tmp_path)
     journal.add_completions([0, 1], [[5], [6]], 0.5)
     content = journal.path.read_bytes()
-    with pytest.raises(ConfigError, match=r"another run \(learning_rate: 0.001 there, 0.002 here\)"):
-        claim(tmp_path, {"seed": 0, "learning_rate": 2e-3})
+    with pytest.raises(ConfigError, match="another run .*seed: 0 there, 1 here"):
+        claim(tmp_path, {"seed": 1, "learning_rate": 2e-3})
     assert journal.path.read_bytes() == content
     claim(tmp_path, {"seed": 0, "learning_rate": 1e-3})
+    assert journal.path.read_bytes() == content
+
+
+def test_samples_of_an_unfinished_round_go_to_a_run_that_would_draw_the_same(tmp_path):
+    journal = begun(tmp_path)
+    journal.add_completions([0, 1], [[5], [6]], 0.5)
+    content = journal.path.read_bytes()
+    journal.add_scores(0, {"reward": [0.5, 0.5], "rewards": {}})
+    journal.path.write_bytes(journal.path.read_bytes() + b'{"chunk": 1, "rewa')  # torn
+    claim(tmp_path, {"seed": 0, "learning_rate": 2e-3})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"seed": 0, "learning_rate": 2e-3}
     assert journal.path.read_bytes() == content
 
 

@@ -415,19 +415,22 @@ class PartialRound:
         self._add(self.scores[chunk])
 
     @staticmethod
+    def journal(pool: Path, round: int, rank: int) -> Path:
+        """Where a rank keeps it."""
+        return _partial(pool, round, rank)
+
+    @staticmethod
     def remove(pool: Path, round: int) -> None:
         """Of all ranks, those too that an earlier part of the run had more."""
         for path in _partials(pool, round):
             path.unlink(missing_ok=True)
 
     @staticmethod
-    def forget_scores(pool: Path, round: int, rank: int) -> None:
-        """Keeps the completions alone: their rewards cannot be used, and a mended reward function gives others."""
-        path = _partial(pool, round, rank)
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            with written_whole(path) as temporary:
-                temporary.write_text("".join(s for s in lines if "rewards" not in json.loads(s)), encoding="utf-8")
+    def forget_scores(path: Path) -> None:
+        """Keeps a journal's completions alone: their rewards cannot be used, and a mended reward gives others."""
+        lines = path.read_bytes().splitlines(keepends=True)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(b"".join(s for s in lines if (told := _checked_line(s)) and "rewards" not in told))
 
 
 def _partial(pool: Path, round: int, rank: int | str) -> Path:

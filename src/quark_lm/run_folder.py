@@ -76,6 +76,14 @@ _NOT_COUNTING = (
     "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_enable_sleep_mode",
 )  # fmt: skip
 
+# What round 0's completions, which the model draws as it came, do not depend on.
+_AFTER_SAMPLING = {
+    *_COUNTING, "reward_funcs", "scorers", "reward_weights", "eval_prompts", "eval_reward_funcs", "eval_scorers",
+    "num_eval_generations", "total_batch", "num_rounds", "steps_per_round", "prompts_per_round", "explore_strength",
+    "explore_token", "quantile_scope", "pool_window", "draw", "heldout_share", "meaning_rows", "token_dropout", "beta",
+    "kl_direction", "entropy_coef", "mask_reward_tokens",
+} - {"seed", "bf16", "fp16"}  # fmt: skip
+
 
 def counting_settings(args: QuarkConfig, total_batch: int) -> dict[str, Any]:
     """The settings without which a run would be another run: those that change its samples or its weights.
@@ -163,10 +171,13 @@ def locked(folder: Path) -> Iterator[None]:
 def claim(folder: Path, identity: dict[str, Any]) -> None:
     """Makes the folder this run's, or finds that it is already.
 
-    A run that came to no samples (its reward failed, it was stopped at once) gives its folder away.
+    A run that came to no samples (it was stopped at once) gives its folder away; one that came to no round (its reward
+    failed) too, with its samples, to a run that would draw the same ones.
 
     Raises: ConfigError when the folder holds another run (naming what differs), or files of something else.
     """
+    from .pool import PartialRound
+
     path = folder / "run.json"
     identity = json.loads(json.dumps(identity, default=str))
     if path.is_file():
@@ -181,9 +192,15 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             ) from None
         # what only one of the two names came with another version, and is no difference
         differing = [key for key in sorted(set(there) & set(identity)) if there[key] != identity[key]]
-        if differing and not _has_samples(folder):
-            for part in (*(folder / "pool").glob("*.partial.jsonl"), folder / "metrics.jsonl", folder / "train.yaml"):
+        begun = _begun(folder)
+        if differing and not _has_round(folder) and (not begun or set(differing) <= _AFTER_SAMPLING):
+            for part in (folder / "metrics.jsonl", folder / "train.yaml"):
                 part.unlink(missing_ok=True)
+            for journal in (folder / "pool").glob("*.partial.jsonl"):
+                if begun:
+                    PartialRound.forget_scores(journal)
+                else:
+                    journal.unlink()
             write_json(path, identity)
         elif differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {identity.get(key)!r} here" for key in differing[:3])
@@ -201,17 +218,21 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     write_json(path, identity)
 
 
-def _has_samples(folder: Path) -> bool:
-    """Whether a folder holds a round, a part of one or a checkpoint; what cannot be read counts."""
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds samples of a round that is not finished."""
+    journals = (folder / "pool").glob("*.partial.jsonl")
+    return any(path.read_bytes().count(b"\n") > 1 for path in journals)  # the first line holds no sample
+
+
+def _has_round(folder: Path) -> bool:
+    """Whether a folder holds a round or a checkpoint; what cannot be read counts."""
     try:
         rounds = parsed((folder / "pool" / "manifest.json").read_bytes())["rounds"]
     except FileNotFoundError:
         rounds = []
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    journals = (folder / "pool").glob("*.partial.jsonl")
-    begun = any(path.read_bytes().count(b"\n") > 1 for path in journals)  # the first line holds no sample
-    return bool(rounds) or begun or last_checkpoint(folder)[0] is not None
+    return bool(rounds) or last_checkpoint(folder)[0] is not None
 
 
 def fixed_rows(folder: Path, fitting: int) -> int:

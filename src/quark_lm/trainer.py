@@ -312,7 +312,9 @@ class QuarkTrainer(Trainer):
         try:
             self._check_rewards(round, columns)
         except RewardError:  # a mended reward can then go on with the same completions
-            PartialRound.forget_scores(self.pool_folder, round, self.accelerator.process_index)
+            journal = PartialRound.journal(self.pool_folder, round, self.accelerator.process_index)
+            if journal.is_file():  # a user's own scored data has none
+                PartialRound.forget_scores(journal)
             raise
         if self.is_world_process_zero():
             pool.append(round, columns, figures)
