@@ -53,7 +53,7 @@ def test_samples_of_an_unfinished_round_make_a_folder_a_runs(tmp_path):
     journal = begun(tmp_path)
     journal.add_completions([0, 1], [[5], [6]], 0.5)
     content = journal.path.read_bytes()
-    with pytest.raises(ConfigError, match="another run .*seed: 0 there, 1 here"):
+    with pytest.raises(ConfigError, match=r"another run .*seed: 0 there, 1 here"):
         claim(tmp_path, {"seed": 1, "learning_rate": 2e-3})
     assert journal.path.read_bytes() == content
     claim(tmp_path, {"seed": 0, "learning_rate": 1e-3})
