@@ -73,6 +73,8 @@ def test_the_verdict_is_about_the_policy_and_its_best_token(reward, independent,
     of = [row("base", 0.4, 0.4), row("base, best token", 0.9, 0.9), row("Quark, dial at 2", 0.9, 0.9, 90.0)]
     said = demo.said([*of, row("Quark", reward, independent)], 7)
     assert (said["verdict"], said["drifted"], said["step"]) == (word, False, 7)
+    one = [{**r, "reward": {"mean": dict.fromkeys(("mean", "low", "high"), r["reward"]["mean"]["mean"])}} for r in of]
+    assert demo.said([*one, row("Quark", reward, independent)], 7)["verdict"] == "no gain"  # of one prompt alone
     drifted = demo.said([*of, row("Quark", reward, independent, 24.0)], 7)
     assert drifted["drifted"]
     assert "reference perplexity 20 -> 24" in drifted["text"]

@@ -325,15 +325,16 @@ def test_what_a_kill_left_beside_a_round_that_is_there_is_removed(tmp_path):
 
 
 def test_another_scorer_of_the_same_name_is_another_run(tmp_path):
-    pool = make(tmp_path, "http://127.0.0.1:9/score").open_pool()
+    pool = make(tmp_path, "http://127.0.0.1:9/a/score").open_pool()
     pool.append(0, {"completion_ids": [[5]], "reward": [0.5]})
-    with pytest.raises(ConfigError, match=r"scorers: \['http http://127.0.0.1:9/score unpinned'\] there, .*127.0.0.2"):
-        make(tmp_path, "http://127.0.0.2:9/score").open_pool()
+    with pytest.raises(ConfigError, match=r"scorers: \['http /a/score unpinned'\] there, .*/b/score"):
+        make(tmp_path, "http://127.0.0.1:9/b/score").open_pool()
+    make(tmp_path, "http://127.0.0.2:10/a/score").open_pool()  # the server has moved
     path = tmp_path / "run.json"  # as an older version wrote it
     new = ("scorers", "eval_scorers", "revision", "neftune_noise_alpha")
     identity = {key: value for key, value in json.loads(path.read_text()).items() if key not in new}
     path.write_text(json.dumps(identity))
-    make(tmp_path, "http://127.0.0.2:9/score").open_pool()
+    make(tmp_path, "http://127.0.0.1:9/b/score").open_pool()
 
 
 def test_what_changes_the_weights_makes_another_run(tmp_path):

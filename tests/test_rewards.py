@@ -166,23 +166,23 @@ def test_what_is_told_of_functions_tells_them_apart_by_no_address(tmp_path, monk
             return [0, 0, 0]
 
     monkeypatch.chdir(tmp_path)
-    for name in ("a.py", "b/a.py"):
+    for name in ("a.py", "b/c.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("def f(**kwargs):\n    return [0, 0, 0]\n")
     classifier = tiny_classifier()
     by = [classifier_reward(classifier, 1, how, processing_class=tiny_tokenizer()) for how in ("softmax", "sigmoid")]
     (tmp_path / "elsewhere.py").write_text("def f(**kwargs):\n    return [0, 0, 0]\n")
-    files = ["a.py:f", "./b/a.py:f", f"{tmp_path}/elsewhere.py:f"]  # where it lies is this machine's alone
-    servers = ["http://me:secret@a/score?key=hidden", "http://b/score"]
+    files = ["a.py:f", "./b/c.py:f", f"{tmp_path}/elsewhere.py:f"]  # where it lies is this machine's alone
+    servers = ["http://me:secret@a:81/score?key=hidden", "http://b/other"]
     runner = RewardRunner([*files, *servers, *by, "repetition", functools.partial(length_reward, x=1), Judge()])
     told = runner.told
     here = test_what_is_told_of_functions_tells_them_apart_by_no_address.__qualname__
     assert told[:5] == [
         "a.py:f",
-        "b/a.py:f",
+        "c.py:f",
         "elsewhere.py:f",
-        "http http://a/score unpinned",
-        "http http://b/score unpinned",
+        "http /score unpinned",
+        "http /other unpinned",
     ]
     assert "softmax" in told[5]
     assert told[6] == told[5].replace("softmax", "sigmoid")

@@ -66,8 +66,12 @@ def test_samples_of_an_unfinished_round_go_to_a_run_that_would_draw_the_same(tmp
     content = journal.path.read_bytes()
     journal.add_scores(0, {"reward": [0.5, 0.5], "rewards": {}})
     journal.path.write_bytes(journal.path.read_bytes() + b'{"chunk": 1, "rewa')  # torn
-    claim(tmp_path, {"seed": 0, "learning_rate": 2e-3})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"seed": 0, "learning_rate": 2e-3}
+    scored = journal.path.read_bytes()
+    claim(tmp_path, {"seed": 0, "learning_rate": 2e-3, "scorers": ["a"]})
+    assert json.loads((tmp_path / "run.json").read_text())["learning_rate"] == 2e-3
+    assert journal.path.read_bytes() == scored  # no setting of learning makes a reward another
+    with pytest.warns(UserWarning, match="2 samples that were kept in .* are scored by the other reward"):
+        claim(tmp_path, {"seed": 0, "learning_rate": 2e-3, "scorers": ["b"]})
     assert journal.path.read_bytes() == content
 
 

@@ -331,6 +331,8 @@ def generate(
         raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
     turn = _strength(strength or [])
     check_from_token(from_token or "worst", model)
+    if from_token == "none" and turn == 1.0:
+        raise ConfigError("from_token says where the dial starts, and strength 1 turns none. Give --strength too.")
     language_model, tokenizer, tokens = load(model, **({"revision": revision} if revision is not None else {}))
     wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
     check_names(tokens, turn)

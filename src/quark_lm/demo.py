@@ -300,7 +300,9 @@ def said(systems: list[dict[str, Any]], step: int) -> dict[str, Any]:
     for prefix, row in (("base", of["base"]), ("eval", of["Quark"])):
         for role in ("reward", "independent"):
             mean = row[role]["mean"]
-            line |= {f"{prefix}_{role}": mean["mean"], f"{prefix}_{role}_se": (mean["high"] - mean["low"]) / (2 * 1.96)}
+            line[f"{prefix}_{role}"] = mean["mean"]
+            if mean["high"] > mean["low"]:  # one prompt alone has no error
+                line[f"{prefix}_{role}_se"] = (mean["high"] - mean["low"]) / (2 * 1.96)
         line |= {f"{prefix}_reference_perplexity": row["perplexity"]["mean"], f"{prefix}_dist_2": row["dist_2"]["mean"]}
     return verdict([line], ["independent"])
 

@@ -426,6 +426,9 @@ class EvaluationRun:
         quantile = asked_quantile(request.quantile or "best", tokens, strengths, request.model)
         from_token = request.from_token or "worst"
         check_from_token(from_token, request.model)
+        named = "from_token" if from_token == "none" else "attribute" if request.attribute is not None else None
+        if named and tokens is not None and set(strengths) == {1.0}:
+            raise ConfigError(f"{named} says how the dial is turned, and strength 1 turns none. Give a strength too.")
         if from_token == "worst" and tokens is not None and quantile == 0 and set(strengths) != {1.0}:
             raise ConfigError(
                 "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"

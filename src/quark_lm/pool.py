@@ -5,6 +5,7 @@ No torch here. A round's file is written whole beside its place and renamed into
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -426,11 +427,18 @@ class PartialRound:
             path.unlink(missing_ok=True)
 
     @staticmethod
-    def forget_scores(path: Path) -> None:
-        """Keeps a journal's completions alone: their rewards cannot be used, and a mended reward gives others."""
-        lines = path.read_bytes().splitlines(keepends=True)
+    def forget_scores(path: Path) -> int:
+        """Keeps a journal's completions alone: their rewards cannot be used, and a mended reward gives others.
+
+        Returns: how many had a reward.
+        """
+        told = [_checked_line(line) for line in path.read_bytes().splitlines(keepends=True)]
+        lines = [line for line in itertools.takewhile(lambda line: line is not None, told) if line is not None]
         with written_whole(path) as temporary:
-            temporary.write_bytes(b"".join(s for s in lines if (told := _checked_line(s)) and "rewards" not in told))
+            temporary.write_text(
+                "".join(f"{_line(line)}\n" for line in lines if "rewards" not in line), encoding="utf-8"
+            )
+        return sum(len(line["reward"]) for line in lines if "rewards" in line)
 
 
 def _partial(pool: Path, round: int, rank: int | str) -> Path:

@@ -16,6 +16,7 @@ import torch
 
 from . import loading
 from .errors import ConfigError, ModelError, PoolError
+from .files import first_line
 from .packaged import base_name
 from .policy import causal_lm
 from .processes import first_tells
@@ -126,8 +127,9 @@ def no_pickles(checkpoint: str | Literal[False]) -> Iterator[None]:
         if not checkpoint:  # somebody else's, such as a callback's
             raise
         raise ModelError(
-            f"A file in {checkpoint} is damaged or holds other things than tensors, and was not loaded: unpickling can"
-            " run a stranger's code. Delete that checkpoint: the run goes on from the one before."
+            f"A file in {checkpoint} is damaged or holds other things than tensors, and was not loaded"
+            f" ({first_line(error)}): unpickling can run a stranger's code. Delete that checkpoint: the run goes on"
+            " from the one before."
         ) from error
 
 
@@ -161,7 +163,11 @@ def check_sharded_files(checkpoint: Path) -> None:
     """
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-    for path in sorted(checkpoint.rglob("*.metadata")):
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_symlink():  # what it leads to would be read, and is not looked at here
+            raise pickle.UnpicklingError(f"{path} is a link")
+        if not path.name.endswith(".metadata"):
+            continue
         try:
             metadata = _Metadata(io.BytesIO(path.read_bytes())).load()
             kinds = [type(part) for part in (metadata, metadata.state_dict_metadata, metadata.storage_data)]

@@ -110,6 +110,7 @@ class Rounds(TrainerCallback):
         # asked of all ranks: a signal may have come to one of them since the last step
         if trainer.all_stop():
             control.should_save = control.should_training_stop = True
+            control.should_log = False  # logging_strategy="epoch" would end the round's sums here
             return
         if state.global_step % args.steps_per_round:
             return

@@ -22,7 +22,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ _AFTER_SAMPLING = {
     "explore_token", "quantile_scope", "pool_window", "draw", "heldout_share", "meaning_rows", "token_dropout", "beta",
     "kl_direction", "entropy_coef", "mask_reward_tokens",
 } - {"seed", "bf16", "fp16"}  # fmt: skip
+_SCORING = {"reward_funcs", "scorers", "reward_weights"}
 
 
 def counting_settings(args: QuarkConfig, total_batch: int) -> dict[str, Any]:
@@ -197,10 +198,12 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             for part in (folder / "metrics.jsonl", folder / "train.yaml"):
                 part.unlink(missing_ok=True)
             for journal in (folder / "pool").glob("*.partial.jsonl"):
-                if begun:
-                    PartialRound.forget_scores(journal)
-                else:
+                if not begun:
                     journal.unlink()
+                elif _SCORING & set(differing) and (num := PartialRound.forget_scores(journal)):
+                    warnings.warn(
+                        f"{num:,} samples that were kept in {folder} are scored by the other reward.", stacklevel=4
+                    )
             write_json(path, identity)
         elif differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {identity.get(key)!r} here" for key in differing[:3])
@@ -323,7 +326,8 @@ def put_in_place(written: Path, path: Path, marker: dict[str, Any]) -> None:
     if path.exists():  # a torn or damaged one, or one of the steps that the run has gone back on
         _remove(path)
     os.replace(written, path)
-    written.parent.rmdir()
+    with suppress(OSError):  # something else may lie in it
+        written.parent.rmdir()
 
 
 def rotate(folder: Path, limit: int | None, kept: Sequence[str]) -> None:
@@ -365,7 +369,8 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 def last_whole_checkpoint(folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """(the newest checkpoint whose files are as they were written or None, why each newer or torn one is not it)."""
     wrong = {path: what_is_wrong(path) or "" for path in last_checkpoint(folder)[1]}
-    wrong |= dict.fromkeys(_checkpoints(Path(folder) / UNFINISHED), "was not finished when its run stopped")
+    for path in _checkpoints(Path(folder) / UNFINISHED):
+        wrong[path] = what_is_wrong(path) or "was not put in its place when its run stopped"
     for path in reversed(_checkpoints(folder)):
         if path not in wrong:
             reason = what_is_wrong(path)

@@ -704,14 +704,14 @@ class QuarkTrainer(Trainer):
                 if not (Path(resume_from_checkpoint) / MARKER).is_file():
                     reason = f"has no {MARKER}, so it is not Quark's or was not finished"
                 raise ModelError(f"{resume_from_checkpoint} {reason}. Give another checkpoint, or none for the newest.")
-            if self.is_world_process_zero():
-                shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             if resume_from_checkpoint:
                 resuming.check_sharding(self, Path(resume_from_checkpoint))
                 with resuming.no_pickles(resume_from_checkpoint):
                     resuming.check_sharded_files(Path(resume_from_checkpoint))
             with disk_errors(self.folder):
                 resuming.check_pool(self, resume_from_checkpoint)
+                if self.is_world_process_zero() and Path(resume_from_checkpoint or "").parent.name != UNFINISHED:
+                    shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
                 resuming.go_on_from(self, resume_from_checkpoint)
             self._trains, self._failed = True, None
             if self.vllm is not None:

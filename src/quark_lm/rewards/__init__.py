@@ -194,8 +194,7 @@ def _module_by_name(name: str, spec: str) -> ModuleType:
 
 
 def _module_of_file(path: Path, spec: str) -> ModuleType:
-    # what a run's records tell of it: as it was written, but for the folders that this machine alone may have
-    told = path.name if path.is_absolute() else os.path.normpath(path)
+    told = path.name  # in a run's records, whatever the folder that it is called from
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ConfigError(

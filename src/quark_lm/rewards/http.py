@@ -124,6 +124,7 @@ class HttpReward:
         self._shown = f"{url.scheme}://{url.host}{port}{url.path}"  # without what may be a secret
         self.__name__ = re.sub(r"\W+", "_", url.path.rstrip("/").rpartition("/")[2] or url.host).strip("_") or "http"
         self.scorer_name = f"http {self._shown}"
+        self.told_as = f"http {url.path}"  # a server may move to another machine or port between parts of a run
         self.scorer_version = "unpinned"
 
     async def __call__(

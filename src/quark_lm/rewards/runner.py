@@ -436,7 +436,7 @@ def _name(function: Callable[..., Any]) -> str:
 def _told(function: Callable[..., Any]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
-    name = getattr(function, "scorer_name", None)
+    name = getattr(function, "told_as", None) or getattr(function, "scorer_name", None)
     if name is not None:
         return f"{name} {getattr(function, 'scorer_version', '')}".strip()
     named = function if hasattr(function, "__qualname__") else type(function)  # an object's repr may tell its address
