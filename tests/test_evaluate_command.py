@@ -543,7 +543,7 @@ def test_the_command_prints_a_table_or_json(files, tmp_path, capsys):
     assert "mean score" in captured.err
     assert main([*line, "--strength", "nan"]) == 2
     assert "not a finite number" in capsys.readouterr().err
-    assert main([*line, "--attribute", "tone"]) == 2
+    assert main([*line, "--attribute", "tone", "--strength", "2"]) == 2
     assert "it has one dial alone" in capsys.readouterr().err
     assert main([*line, "--from-token", "none"]) == 2
     assert "strength 1 turns none" in capsys.readouterr().err
