@@ -3,7 +3,7 @@
 Half of the kills come at a random moment, the others within what they are told to hit: a batch that is kept, a pool's
 or a manifest's write, a line of metrics, a checkpoint's files, its marker.
 
-    PYTHONPATH=tests python tests/invariants/kills.py 100 --json docs/results/kill.json
+    PYTHONPATH=tests python tests/invariants/kills.py 100 --seed 1 --json docs/results/kill.json
 """
 
 from __future__ import annotations
