@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +129,39 @@ def table(found: list[dict[str, Any]]) -> None:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="questions; the default is always there")
+def run_trials(
+    text: str | None,
+    results: Path,
+    variants: dict[str, dict[str, dict[str, Any]]],
+    seeds: list[int],
+    trial: Callable[..., dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """The command line of a script of trials: each variant and seed that `results` lacks, one after another."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--only", nargs="+", choices=list(variants), help="questions; the default is always there")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--table", action="store_true", help="print what was found, run nothing")
     args = parser.parse_args()
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    found = json.loads(results.read_text()) if results.exists() else []
     if args.table:
         table(found)
         return
     pool = make_pool(args.runs, args.model)
     for seed in args.seeds:
-        for question, variants in VARIANTS.items():
+        for question, named in variants.items():
             if args.only and question not in ("default", *args.only):
                 continue
-            for name, settings in variants.items():
+            for name, settings in named.items():
                 if any(row["name"] == name and row["seed"] == seed for row in found):
                     continue
                 row = {"question": question, "name": name, "seed": seed, **trial(name, settings, seed, args, pool)}
-                print(row, flush=True)
+                print(str(row)[:400], flush=True)
                 found.append(row)
-                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+                results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_trials(__doc__, RESULTS, VARIANTS, [0, 1, 2], trial, table)

@@ -3,7 +3,7 @@ paper's findings about it, the draws, the number of quantiles and the KL's weigh
 
 A small budget, the same for all: the same 768 samples of the base model as round 0, then two rounds of 384 samples, 15
 steps of 32 draws a round. Each trial is measured as the demo is, on its held-out prompts by both scorers, and against
-the default prompt by prompt. Five to eight minutes a trial on two cores; a trial that was cut off goes on, one that is
+the default prompt by prompt. Five to nine minutes a trial on two cores; a trial that was cut off goes on, one that is
 done is not done again; a GPU is used where there is one. Figures: docs/results/loops.json.
 
     python experiments/loops.py --seeds 0
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablations import COMMON, TASK, make_pool
+from ablations import COMMON, TASK, run_trials
 
 from quark_lm import demo
 from quark_lm.evaluation.evaluate import Completions
@@ -178,31 +178,5 @@ def digits(of: dict[str, str]) -> np.ndarray:
     return np.array([int(digit) for digit in of["independent"]]) / NUM_GENERATIONS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="questions; the default is always there")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--table", action="store_true", help="print what was found, run nothing")
-    args = parser.parse_args()
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    if args.table:
-        table(found)
-        return
-    pool = make_pool(args.runs, args.model)
-    for seed in args.seeds:
-        for question, variants in VARIANTS.items():
-            if args.only and question not in ("default", *args.only):
-                continue
-            for name, settings in variants.items():
-                if any(row["name"] == name and row["seed"] == seed for row in found):
-                    continue
-                row = {"question": question, "name": name, "seed": seed, **trial(name, settings, seed, args, pool)}
-                print(question, name, [(s["system"], s["independent"]) for s in row["systems"]], flush=True)
-                found.append(row)
-                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_trials(__doc__, RESULTS, VARIANTS, [0], trial, table)

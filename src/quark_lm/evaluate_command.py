@@ -594,8 +594,9 @@ def check_from_token(from_token: str, model: str) -> None:
     """Raises: ConfigError when the run's settings say that the branch without a token was never trained."""
     import yaml
 
-    if from_token not in ("worst", "none"):
-        raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
+    from .steering import check_start
+
+    check_start(from_token)
     if from_token == "worst":
         return
     for folder in (Path(model).expanduser(), Path(model).expanduser().parent):

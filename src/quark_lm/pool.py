@@ -363,7 +363,7 @@ class PartialRound:
     """
 
     def __init__(self, pool: Path, round: int, rank: int, key: Mapping[str, Any]) -> None:
-        self.path = _partial(pool, round, rank)
+        self.path = partial_path(pool, round, rank)
         self.completions: dict[int, list[int]] = {}  # by the sample's index
         self.scores: dict[int, dict[str, Any]] = {}  # by the number of the chunk
         self.seconds = 0.0  # of sampling
@@ -416,11 +416,6 @@ class PartialRound:
         self._add(self.scores[chunk])
 
     @staticmethod
-    def journal(pool: Path, round: int, rank: int) -> Path:
-        """Where a rank keeps it."""
-        return _partial(pool, round, rank)
-
-    @staticmethod
     def remove(pool: Path, round: int) -> None:
         """Of all ranks, those too that an earlier part of the run had more."""
         for path in _partials(pool, round):
@@ -441,14 +436,15 @@ class PartialRound:
         return sum(len(line["reward"]) for line in lines if "rewards" in line)
 
 
-def _partial(pool: Path, round: int, rank: int | str) -> Path:
+def partial_path(pool: Path, round: int, rank: int | str) -> Path:
+    """Where a rank keeps a round that is not finished."""
     return pool / f"round-{round:05d}.rank-{rank}.partial.jsonl"
 
 
 def _partials(pool: Path, round: int, first: int = 0) -> list[Path]:
     """Those of the ranks from `first` on."""
-    ranks = [path.name.split(".")[1].removeprefix("rank-") for path in pool.glob(_partial(pool, round, "*").name)]
-    return [_partial(pool, round, int(rank)) for rank in ranks if rank.isdecimal() and int(rank) >= first]
+    ranks = [path.name.split(".")[1].removeprefix("rank-") for path in pool.glob(partial_path(pool, round, "*").name)]
+    return [partial_path(pool, round, int(rank)) for rank in ranks if rank.isdecimal() and int(rank) >= first]
 
 
 def _num_samples(path: Path) -> int:

@@ -120,8 +120,7 @@ def generate_batches(
     check_names(reward_tokens, strength)
     for turn in strength.values() if isinstance(strength, Mapping) else [strength]:
         check_strength(turn)
-    if from_token not in ("worst", "none"):
-        raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
+    check_start(from_token)
     if from_token == "none" and isinstance(strength, Mapping):
         raise ConfigError("from_token='none' leaves out the tokens of all attributes. Give one strength for all.")
     plain = reward_tokens is None or quantile is None
@@ -168,6 +167,14 @@ def generate_batches(
                 yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
     finally:
         model.train(was_training)
+
+
+def check_start(from_token: str) -> None:
+    """Raises: ConfigError for a start of the dial that there is not."""
+    from .errors import ConfigError
+
+    if from_token not in ("worst", "none"):
+        raise ConfigError(f"from_token={from_token!r} is neither 'worst' nor 'none'. Choose one of them.")
 
 
 def check_names(reward_tokens: RewardTokens | None, strength: Any) -> None:

@@ -42,7 +42,7 @@ from .generation.hf import HFCompleter
 from .loss import LossSettings, quark_loss
 from .packaged import PACKAGED, base_name
 from .policy import Policy, causal_lm, check_head, completion_states, disable_dropout, local_part
-from .pool import PartialRound, Pool
+from .pool import PartialRound, Pool, partial_path
 from .processes import check_hardware, first_tells, shard_on_cpu
 from .progress import Display, LearnBar
 from .prompts import EncodedPrompts, checked, encode
@@ -312,7 +312,7 @@ class QuarkTrainer(Trainer):
         try:
             self._check_rewards(round, columns)
         except RewardError:  # a mended reward can then go on with the same completions
-            journal = PartialRound.journal(self.pool_folder, round, self.accelerator.process_index)
+            journal = partial_path(self.pool_folder, round, self.accelerator.process_index)
             if journal.is_file():  # a user's own scored data has none
                 PartialRound.forget_scores(journal)
             raise
