@@ -6,10 +6,11 @@ import json
 import zlib
 
 import pytest
+import torch
 from rich.console import Console
 from tiny import tiny_gpt2, tiny_tokenizer
 
-from quark_lm import demo
+from quark_lm import demo, packaged
 from quark_lm.errors import ConfigError, DataError
 from quark_lm.evaluation import evaluate
 from quark_lm.prompts import is_held_out
@@ -35,6 +36,7 @@ def tiny_task(tmp_path, monkeypatch):
     short = {"max_completion_length": 8, "temperature": 1.0}
     task = dataclasses.replace(demo.TASKS["repetition"], tags=tuple("abcde"), settings={}, sampling=short)
     monkeypatch.setitem(demo.TASKS, "repetition", task)
+    monkeypatch.setattr(packaged, "fastest_dtype", lambda: torch.float32)  # it is measured: each machine has its own
     return {
         "task": "repetition",
         "output_dir": tmp_path / "run",
@@ -88,6 +90,12 @@ def test_a_demo_measures_shows_and_saves_with_a_card(tiny_task, tmp_path):
     assert "chosen by a checksum of their text and not by a score" in text
     assert f"Verdict: {results['verdict']['verdict']}. The held-out reward" in text
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    base, quark = stored["systems"][0], stored["systems"][2]
+    assert "against_base" not in base
+    difference = quark["reward"]["wanted"]["mean"] - base["reward"]["wanted"]["mean"]
+    assert quark["against_base"]["reward"]["mean"] == pytest.approx(difference)
+    assert f"prompt by prompt, in points of % not looping: {100 * difference:+.1f} (" in " ".join(text.split())
+    assert quark["against_base"]["independent"]["mean"] is None  # the base's text has too few words
     assert (stored["seed"], stored["held_out_prompts"]) == (0, 6)
     assert (stored["prompts"], stored["dtype"]) == (tiny_task["prompts"], "float32")
     assert stored["verdict"]["verdict"] in ("no gain", "reward hacking")  # of a random model after two steps

@@ -34,6 +34,7 @@ from quark_lm.generation import vllm as vllm_room
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.generation.vllm import VLLMColocated, VLLMServer, sampling
 from quark_lm.pool import PartialRound
+from quark_lm.processes import leave
 
 # a few steps teach the tokens nothing
 pytestmark = pytest.mark.filterwarnings("ignore:The reward tokens")
@@ -1193,3 +1194,4 @@ if __name__ == "__main__":  # one of the two processes of a test above
         named(tiny_llama(), "tiny"),
         per_device_train_batch_size=2,
     ).train()
+    leave()  # a process group that lives on at the interpreter's end aborts it, now and then

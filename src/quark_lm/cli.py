@@ -787,5 +787,24 @@ def dial(
         _print_json(results)
 
 
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="The folder of a finished `quark evaluate`.")],
+    other: Annotated[str, typer.Argument(help="Another one's, on the same prompts.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The differences on stdout, the table on stderr.")] = False,
+) -> None:
+    """Tell two evaluations apart, prompt by prompt.
+
+    The difference OTHER - BASE of every figure that both have, with its 95% interval and p-value (paired bootstrap).
+    """
+    from . import compare_command
+    from .progress import make_console
+
+    results = compare_command.compare(base, other, seed=seed, console=make_console(stderr=as_json))
+    if as_json:
+        _print_json(results)
+
+
 if __name__ == "__main__":
     raise SystemExit(main())

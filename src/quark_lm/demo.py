@@ -327,6 +327,7 @@ def measure(
 
     A system that was measured before a stop is not measured again.
     """
+    from .evaluation.evaluate import wanted_against
     from .generation import GenerationSettings
 
     settings = GenerationSettings(barred=trainer.reward_tokens.barred, **task.sampling)
@@ -336,6 +337,9 @@ def measure(
         trainer, systems(trainer.args.num_quantiles), rewards, settings, num_generations, seed, folder / "evaluation"
     )
     base, quark = samples[0], samples[2]
+    wanted = {role: reward.wanted for role, reward in rewards.items()}
+    for row, result in zip(rows[1:], samples[1:], strict=True):
+        row["against_base"] = wanted_against(result, base, wanted, seed)
     # by a rule that knows no score: what is shown is neither the best nor the worst of either
     order = sorted(range(len(base.prompts)), key=lambda i: zlib.crc32(base.prompts[i].encode()))
     shown = [
@@ -490,6 +494,10 @@ def show(console: Console, task: Task, results: dict[str, Any], folder: Path) ->
             _number(row["diversity"], "{:.2f}"),
         )
     console.print(table)
+    differences = {row["system"]: row["against_base"] for row in results["systems"] if "against_base" in row}
+    if "Quark" in differences:
+        told = (f"{_points(of)} by {role}" for role, of in differences["Quark"].items())
+        _print(console, f"\nQuark against the base, prompt by prompt, in points of % {task.wanted}: {', '.join(told)}.")
     if results.get("verdict"):
         _print(console, f"\nVerdict: {results['verdict']['verdict']}. {results['verdict']['text']}")
     _print(console, "\nHeld-out prompts, chosen by a checksum of their text and not by a score:")
@@ -524,3 +532,11 @@ def _percent(interval: dict[str, Any]) -> str:
     if share == "none":
         return share
     return f"{share}\n{100 * interval['low']:.0f}-{100 * interval['high']:.0f}"
+
+
+def _points(difference: dict[str, Any]) -> str:
+    """A difference of two shares in points of percent, with its interval."""
+    mean, low, high = (difference[name] for name in ("mean", "low", "high"))
+    if mean is None or not math.isfinite(mean):  # a scorer that gave no value
+        return "none"
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

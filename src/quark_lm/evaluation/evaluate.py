@@ -113,10 +113,9 @@ def figures(
     groups = _grouped(result)
     out: dict[str, Any] = {"system": result.system, "completions": len(result.completions)}
     for name, values in result.scores.items():
-        flags = [None if v is None else w for v, w in zip(values, wanted[name](values), strict=True)]
         out[name] = {
             "mean": metrics.bootstrap_interval([_mean([values[i] for i in g]) for g in groups], seed),
-            "wanted": metrics.bootstrap_interval([_mean([flags[i] for i in g]) for g in groups], seed),
+            "wanted": metrics.bootstrap_interval(_wanted_by_prompt(result, name, wanted[name]), seed),
             "missing": sum(v is None for v in values),
         }
     nll = np.array(result.nll)
@@ -133,6 +132,30 @@ def figures(
     within = [[metrics.diversity(t) for t in group] for group in texts]
     out["diversity"] = metrics.bootstrap_interval([_mean(group) for group in within], seed)
     return out
+
+
+def wanted_against(
+    result: Completions,
+    base: Completions,
+    wanted: dict[str, Callable[[Sequence[float | None]], list[bool]]],
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """For each scorer by how much the share of completions that it wants is above the base's, prompt by prompt.
+
+    Both are of the same prompts. Each as `metrics.paired_bootstrap` has it.
+    """
+    return {
+        name: metrics.paired_bootstrap(*(_wanted_by_prompt(one, name, flags) for one in (result, base)), seed)
+        for name, flags in wanted.items()
+    }
+
+
+def _wanted_by_prompt(
+    result: Completions, name: str, wanted: Callable[[Sequence[float | None]], list[bool]]
+) -> list[float]:
+    values = result.scores[name]
+    flags = [None if v is None else w for v, w in zip(values, wanted(values), strict=True)]
+    return [_mean([flags[i] for i in group]) for group in _grouped(result)]
 
 
 def _grouped(result: Completions) -> list[list[int]]:
