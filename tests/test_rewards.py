@@ -25,6 +25,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from quark_lm import packaged
 from quark_lm.errors import ConfigError, DataError, ModelError, RewardError
 from quark_lm.evaluation.metrics import diversity
 from quark_lm.rewards import NAMED_REWARDS, load_reward
@@ -647,6 +648,23 @@ def test_another_unit_is_refused():
 
 
 # Classifiers
+
+
+def test_an_unpinned_classifier_tells_the_commit_that_the_hub_gave(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789" * 4
+    cached = tmp_path / "models--somebody--rude"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    model, tokenizer = tiny_classifier(), tiny_tokenizer()
+    model.save_pretrained(cached / "snapshots" / commit)
+    assert classifier_reward(model, 0, processing_class=tokenizer).scorer_version == "unpinned"
+    model.config._name_or_path = "somebody/rude"
+    assert classifier_reward(model, 0, processing_class=tokenizer).scorer_version == commit
+    assert classifier_reward(model, 0, processing_class=tokenizer, revision="v1").scorer_version == "v1"
+    assert packaged.hub_commit("somebody/kind") is None
+    assert packaged.hub_commit("no name: of the hub") is None
+    assert packaged.hub_commit(str(tmp_path)) is None
 
 
 def tiny_classifier(labels=("NEGATIVE", "NEUTRAL", "POSITIVE"), kind="gpt2", seed=0):

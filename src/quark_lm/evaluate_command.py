@@ -381,7 +381,7 @@ class EvaluationRun:
         from .evaluation.passes import Asked, tokenizer_digest, weights_digest
         from .evaluation.tasks import PAPER_SAMPLING
         from .export import load
-        from .packaged import PACKAGED, fastest_dtype
+        from .packaged import PACKAGED, fastest_dtype, hub_commit
         from .policy import check_head
         from .prompts import encode
         from .steering import context_length
@@ -448,7 +448,7 @@ class EvaluationRun:
         self.prompts = encode(dataset, tokenizer, self.asked.position, max_length=room)
         self.made = {
             "model": _name(request.model),
-            "revision": request.revision or getattr(model.config, "_commit_hash", None),
+            "revision": request.revision or hub_commit(request.model),
             "weights": weights_digest(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_digest(tokenizer, tokens),
@@ -482,14 +482,15 @@ class EvaluationRun:
 
     def _evaluator_facts(self) -> dict[str, Any] | None:
         from .evaluation.passes import weights_digest
+        from .packaged import hub_commit
 
         if self.evaluator is None:
             return None
-        model = self.evaluator.model
+        model, revision = self.evaluator.model, self.request.evaluator_revision
         keeps_ids = self.source is not None and self.evaluator.keeps_ids(self.source)
         return {
             "model": self.evaluator.name,
-            "revision": self.request.evaluator_revision or getattr(model.config, "_commit_hash", None),
+            "revision": revision or hub_commit(self.evaluator.name),
             "weights": weights_digest(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "tokens": "as they were drawn" if keeps_ids else "the evaluator's own: the text was tokenized again",

@@ -98,9 +98,71 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     return columns, {"tokens_per_second": sampled / max(1e-9, *(seconds for seconds, _ in parts)), **figures}
 
 
-def _chunk(trainer: QuarkTrainer) -> int:
-    """Completions that the rewards get at once: whole groups of one prompt's."""
-    each = trainer.args.num_generations
+def held_out_columns(
+    trainer: QuarkTrainer, prompts: EncodedPrompts, quantile: int | None
+) -> tuple[dict[str, np.ndarray], list[str], list[float]]:
+    """(each scorer's values, NaN for none; texts; NLL a token of the first under the original model) of completions of
+    held-out prompts, prompt by prompt, the same on every rank.
+
+    Raises: RewardError, GenerationError on every rank when one has it; KeyboardInterrupt when the run was told to stop.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    each = args.num_eval_generations
+    seeds = np.array(sample_seeds(args.seed, EVAL, num=len(prompts) * each))
+    group = np.arange(len(seeds)) // each
+    mine = np.flatnonzero(group % accelerator.num_processes == accelerator.process_index)
+    own = prompts.select(group[mine].tolist())
+    ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts")
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    values: dict[str, list[float]] = defaultdict(list)
+    failed: RewardError | None = None
+    size = _chunk(trainer, each)
+    try:
+        for chunk, start in enumerate(range(0, len(texts), size)):
+            if trainer.interrupted:
+                break
+            rows = range(start, min(start + size, len(texts)))
+            with aside(args.seed, EVAL, accelerator.process_index, chunk):
+                for name, of in _held_out_scores(
+                    trainer, own.select(rows), [texts[i] for i in rows], [ids[i] for i in rows]
+                ).items():
+                    values[f"score/{name}"] += of.tolist()
+    except RewardError as error:
+        failed = error
+    trainer.stop_together("while the held-out prompts were scored")
+    trainer.fail_together(failed)
+    part: dict[str, list[Any]] = {
+        **values,
+        "text": texts,
+        "nll": trainer.reference_nll(own.ids, ids),
+        "order": mine.tolist(),
+    }
+    columns = _gathered(part, accelerator.num_processes)
+    texts, nll = columns.pop("text"), columns.pop("nll")
+    arrays = {name.removeprefix("score/"): np.array(of, dtype=float) for name, of in columns.items()}
+    return arrays, texts, [value for value in nll if value is not None]
+
+
+def _held_out_scores(
+    trainer: QuarkTrainer, prompts: EncodedPrompts, texts: list[str], ids: list[list[int]]
+) -> dict[str, np.ndarray]:
+    """By name the values of the training's scorers and of the independent ones."""
+    batch = score(trainer, trainer.rewards, prompts, texts, ids)
+    if batch.failures:  # a mean over what did not fail would be compared with one over all
+        first = batch.failures[0]
+        raise RewardError(
+            f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
+            " nothing to compare. Mend it and give the same command again: what was learned is saved."
+        )
+    values = {"reward": batch.total, **batch.per_function}
+    if trainer.eval_rewards:
+        values |= score(trainer, trainer.eval_rewards, prompts, texts, ids).per_function
+    return values
+
+
+def _chunk(trainer: QuarkTrainer, each: int | None = None) -> int:
+    """Completions that the rewards get at once: whole groups of one prompt's, `each` of them."""
+    each = each or trainer.args.num_generations
     rows = getattr(trainer.args, "reward_batch_size", None) or _REWARD_ROWS
     return max(1, rows // each) * each
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,18 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
     """(model, tokenizer) by folder, hub name, or "smollm2": the packaged model, else the same from the hub.
 
     Args: options: of `from_pretrained`, such as dtype, revision, trust_remote_code.
-    Raises: ModelError when it cannot be loaded.
+    Raises: ModelError when it cannot be loaded; ConfigError for a revision of what has none.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = packaged_file() if name == PACKAGED else None
+    if options.get("revision") is not None and (file is not None or Path(name).expanduser().is_dir()):
+        what = f"the package {_PACKAGE.replace('_', '-')}" if file is not None else "a folder"
+        raise ConfigError(
+            f"revision={options['revision']!r} is a version of a model on the hub, but {name} is {what} here, which has"
+            " one alone. Leave it out, or give the model's name on the hub."
+        )
     if file is not None:
         return _load_gguf(file, **options)
     if name == PACKAGED:
@@ -69,6 +75,25 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
             f" folder, or the name of a model on the hub that this machine can reach{hint}."
         ) from error
     return model, tokenizer
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a model that was loaded from the hub by its bare name: the cache tells it. None for a folder.
+
+    transformers 5.24 tells the config no longer.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if name == PACKAGED and packaged_file() is None:
+        name = HUB_NAME
+    if Path(name).expanduser().exists():
+        return None
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name that the hub could know
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def base_name(model: Any) -> str:

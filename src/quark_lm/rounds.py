@@ -123,9 +123,7 @@ class Rounds(TrainerCallback):
                 raise  # a second Ctrl-C, which stops at once
             # the round's learning is saved; what was not measured will be when the run goes on
             control.should_save = control.should_training_stop = True
-        except (RewardError, GenerationError) as failed:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the other ranks do not know of it
+        except (RewardError, GenerationError) as failed:  # on every rank
             trainer._failed = failed  # raised when the round's learning is saved
             control.should_save = control.should_training_stop = True
 

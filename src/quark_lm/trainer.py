@@ -35,9 +35,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from . import export, loading, measuring, quantiles, resuming
 from .collator import Collator, Draw
 from .config import QuarkConfig
-from .errors import ConfigError, DataError, GenerationError, ModelError, RewardError, TrainingError
-from .exploring import DROPOUT, EVAL, InitialPool, Watch, aside, explored_columns, score
-from .generation import Completer, GenerationSettings, complete_all, sample_seeds
+from .errors import ConfigError, DataError, GenerationError, ModelError, QuarkError, RewardError, TrainingError
+from .exploring import DROPOUT, InitialPool, Watch, aside, explored_columns, held_out_columns
+from .generation import Completer, GenerationSettings, complete_all
 from .generation.hf import HFCompleter
 from .loss import LossSettings, quark_loss
 from .packaged import PACKAGED, base_name
@@ -339,7 +339,7 @@ class QuarkTrainer(Trainer):
         Every rank must call it the same number of times.
 
         kept: where batches are kept as they come; what it holds already is not sampled again.
-        Raises: KeyboardInterrupt when the run was told to stop.
+        Raises: KeyboardInterrupt when the run was told to stop; GenerationError on every rank when one has it.
         """
         # vLLM knows no dial; the model is here as well
         completer = self.hf_completer if strength != 1.0 else self.completer
@@ -358,9 +358,15 @@ class QuarkTrainer(Trainer):
                 dials=dials,
                 skip=done,
             )
-            completions = complete_all(Watch(self, kept)(batches, advance), len(prompts))
+            failed: GenerationError | None = None
+            completions: list[list[int]] = []
+            try:
+                completions = complete_all(Watch(self, kept)(batches, advance), len(prompts))
+            except GenerationError as error:
+                failed = error
         num = f"; {len(kept.completions)} of {len(prompts)} samples are kept" if kept is not None else ""
         self.stop_together(f"during {verb}{num}")
+        self.fail_together(failed)
         return [done.get(i, completion) for i, completion in enumerate(completions)]
 
     def fix_rows(self) -> None:
@@ -388,10 +394,14 @@ class QuarkTrainer(Trainer):
         if self.is_world_process_zero() and self.vllm.needs_checkpoint and (step is None or self.vllm.saved != step):
             export.save(self.model, self.processing_class, self.reward_tokens, folder)
         self.accelerator.wait_for_everyone()
-        with aside(self.args.seed):  # a vLLM in this process seeds its random numbers
-            version = f"{folder.resolve()} step {self.state.global_step}"
-            self.vllm.load(folder, version, self.model, first=self.is_world_process_zero())
-        self.accelerator.wait_for_everyone()
+        failed: GenerationError | None = None
+        try:
+            with aside(self.args.seed):  # a vLLM in this process seeds its random numbers
+                version = f"{folder.resolve()} step {self.state.global_step}"
+                self.vllm.load(folder, version, self.model, first=self.is_world_process_zero())
+        except GenerationError as error:
+            failed = error
+        self.fail_together(failed)
         self.vllm.holds = self.vllm.saved = step
 
     @contextlib.contextmanager
@@ -623,24 +633,8 @@ class QuarkTrainer(Trainer):
         """others: the prompts are not the run's own, so that its verdict leaves the figures out."""
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
         self.fix_rows()
-        each = self.args.num_eval_generations
-        repeated = prompts.select(np.repeat(np.arange(len(prompts)), each).tolist())
-        seeds = sample_seeds(self.args.seed, EVAL, num=len(repeated))
-        ids = self.complete(repeated, seeds, [quantile] * len(repeated), verb="held-out prompts")
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        with aside(self.args.seed, EVAL, self.accelerator.process_index):
-            batch = score(self, self.rewards, repeated, texts, ids)
-            if batch.failures:  # a mean over what did not fail would be compared with one over all
-                first = batch.failures[0]
-                raise RewardError(
-                    f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
-                    " nothing to compare. Mend it and give the same command again: what was learned is saved."
-                )
-            columns = {"reward": batch.total, **batch.per_function}
-            if self.eval_rewards:
-                columns |= score(self, self.eval_rewards, repeated, texts, ids).per_function
-        figures = measuring.held_out_figures(columns, texts, each)
-        nll = [v for v in self.reference_nll(repeated.ids, ids) if v is not None]
+        columns, texts, nll = held_out_columns(self, prompts, quantile)
+        figures = measuring.held_out_figures(columns, texts, self.args.num_eval_generations)
         figures["reference_perplexity"] = float(np.exp(nll).mean())
         metrics = {f"{prefix}_{name}": value for name, value in figures.items()}
         if not others:
@@ -783,6 +777,13 @@ class QuarkTrainer(Trainer):
         """Raises: KeyboardInterrupt on every rank when one was asked to stop."""
         if self.all_stop():
             raise KeyboardInterrupt(f"stopped {when}")
+
+    def fail_together(self, failed: QuarkError | None) -> None:
+        """Raises what a rank failed of on every rank, which else waited for it; each must call it at the same place."""
+        if self.accelerator.num_processes > 1:
+            failed = next((error for error in gather_object([failed]) if error is not None), None)
+        if failed is not None:
+            raise failed
 
     def finish_round(self, round: int) -> None:
         """What is measured when a round has learned: the meaning of its tokens, the held-out prompts, its line."""

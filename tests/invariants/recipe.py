@@ -76,6 +76,12 @@ def mortal_reward(completions: list[str], trainer_state: Any, **kwargs: Any) -> 
     return reward(completions)
 
 
+def failing_reward(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """As `reward`; after the first round the second process's has a value too many, while the file FAILS is there."""
+    fails = Path(os.environ.get("FAILS", "")).is_file() and os.environ.get("RANK") == "1"
+    return reward(completions) + [0.0] * int(fails and trainer_state.global_step == 3)
+
+
 def scored_data() -> dict[str, list[Any]]:
     """A user's own data: three completions a prompt, of different lengths."""
     endings = [" sat on the mat", " and then", " s"]

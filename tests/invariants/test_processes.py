@@ -46,9 +46,14 @@ def flags(folder, output_dir, batch):
 def start(folder, name, command):
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "invariants")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["MORTAL"] = str(folder / "died")
+    environment |= {"MORTAL": str(folder / "died"), "FAILS": str(folder / "fails")}
     with (folder / f"{name}.txt").open("w") as log:
         return subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log)
+
+
+def started(folder, name, reward):
+    command = ["quark_lm.cli", "train", "--accelerate", "fsdp2", "--num_processes", "2", *flags(folder, name, 4)]
+    return start(folder, name, [*command, "--reward_funcs", f"recipe:{reward}"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,8 +64,8 @@ def run(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in recipe.PROMPTS]
     (folder / "prompts.jsonl").write_text("".join(lines))
-    command = ["quark_lm.cli", "train", "--accelerate", "fsdp2", "--num_processes", "2", *flags(folder, "run", 4)]
-    process = start(folder, "dies", command)
+    (folder / "fails").touch()
+    process = started(folder, "run", "mortal_reward")
     yield folder, process
     process.terminate()
     process.wait()
@@ -221,7 +226,7 @@ def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, 
     folder, process = run
     assert process.wait(timeout=300) == 1
     after = time.time() - (folder / "died").stat().st_mtime
-    log = (folder / "dies.txt").read_text()
+    log = (folder / "run.txt").read_text()
     # gloo may abort the rank that is left before torchrun has looked at the one that was killed
     assert re.search("was killed by SIG(KILL|ABRT), so the others were stopped", log)
     assert "Traceback" not in log
@@ -262,6 +267,28 @@ def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, 
     # the optimizer's state is FSDP's
     assert main(["train", *flags(folder, "run", 8)]) == 2
     assert "written with FSDP, and this run goes without it" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The reward tokens")
+def test_a_scorer_that_fails_one_process_on_held_out_prompts_ends_all_and_loses_no_learning(run):
+    folder, _ = run
+    process = started(folder, "failing", "failing_reward")
+    try:
+        assert process.wait(timeout=300) == 2
+        log = (folder / "failing.txt").read_text()
+        assert "Traceback" not in log
+        assert re.search("^quark: .*failing_reward", log, re.MULTILINE)  # the first process tells it, of the second
+        assert [path.name for path in (folder / "failing").glob("checkpoint-*")] == ["checkpoint-3"]
+        (folder / "fails").unlink()
+        process = started(folder, "failing", "failing_reward")
+        assert process.wait(timeout=300) == 0, (folder / "failing.txt").read_text()
+    finally:
+        process.terminate()
+        process.wait()
+    lines = told(folder / "failing")
+    assert len(lines["loss"]) == 6
+    assert len(lines["eval_reward"]) == 2
+    assert "goes on" in (folder / "failing.txt").read_text()
 
 
 def told(folder):

@@ -144,10 +144,10 @@ def wanted_against(
 
     Both are of the same prompts. Each as `metrics.paired_bootstrap` has it.
     """
-    return {
-        name: metrics.paired_bootstrap(*(_wanted_by_prompt(one, name, flags) for one in (result, base)), seed)
-        for name, flags in wanted.items()
+    by_prompt = {
+        name: [_wanted_by_prompt(one, name, flags) for one in (result, base)] for name, flags in wanted.items()
     }
+    return {name: metrics.paired_bootstrap(ours, theirs, seed) for name, (ours, theirs) in by_prompt.items()}
 
 
 def _wanted_by_prompt(

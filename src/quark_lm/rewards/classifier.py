@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quark_lm.errors import ConfigError, ModelError, RewardError
+from quark_lm.packaged import hub_commit
 from quark_lm.rewards.text_reward import Completion, completion_text
 
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -93,8 +94,8 @@ def model_reward(
 class ClassifierReward:
     """What `classifier_reward` returns.
 
-    Attributes: `__name__`, `scorer_name`, `scorer_version` (the revision asked for) and `threshold`, as TextReward has
-    them.
+    Attributes: `__name__`, `scorer_name`, `scorer_version` (the revision asked for, else the
+    commit that the hub gave) and `threshold`, as TextReward has them.
     """
 
     def __init__(
@@ -203,7 +204,6 @@ class _Classifier:
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         is_loaded = isinstance(model, torch.nn.Module)
         self.name: str = (model.config.name_or_path or type(model).__name__) if is_loaded else str(model)
-        self.revision = revision or "unpinned"
         self.batch_size = batch_size
         try:
             if not is_loaded:
@@ -220,6 +220,7 @@ class _Classifier:
         if device is not None or not is_loaded:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = model.eval()
+        self.revision = revision or hub_commit(self.name) or "unpinned"  # a folder has none
         self.num_labels: int = self._model.config.num_labels
         self.labels = [str(self._model.config.id2label.get(i, f"LABEL_{i}")) for i in range(self.num_labels)]
         if self._tokenizer.pad_token_id is None:
