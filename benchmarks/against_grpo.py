@@ -121,9 +121,10 @@ class Measure(TrainerCallback):
 
 
 def quark(args: argparse.Namespace, folder: Path) -> Measure:
-    """Our default, under the adapter that GRPO gets too."""
+    """Our default at the demo's strength of exploring, under the adapter that GRPO gets too."""
     texts = list(TASKS[args.task].tags)
-    return _quark(args, folder, LoraConfig(**LORA), top_p=0.95, reward_token_texts=texts)
+    strength = {"explore_strength": args.explore_strength}
+    return _quark(args, folder, LoraConfig(**LORA), top_p=0.95, reward_token_texts=texts, **strength)
 
 
 def authors(args: argparse.Namespace, folder: Path) -> Measure:
@@ -269,6 +270,7 @@ def main(other: str = "grpo", name: str = "against_grpo", about: str | None = No
     parser.add_argument("--every", type=int, default=15, help="Quark's steps between two measurements")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=128)
+    parser.add_argument("--explore-strength", type=float, default=3.0, help="the dial while Quark explores")
     parser.add_argument("--grpo-learning-rate", type=float, default=1e-4)
     parser.add_argument("--grpo-beta", type=float, default=0.0, help="TRL's default")
     parser.add_argument("--grpo-generations", type=int, default=8, help="TRL's default")

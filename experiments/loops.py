@@ -32,6 +32,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "loops.json"
 NUM_SAMPLES, NUM_GENERATIONS = 768, 2
 BUDGET = {
     **COMMON,
+    "explore_strength": 2.0,
     "num_rounds": 3,
     "steps_per_round": 15,
     "prompts_per_round": 384,
