@@ -7,13 +7,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
+# Processes of the tests; 0: this one alone, for a debugger.
+JOBS ?= 2
 
 .PHONY: help venv setup demo test lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    unlearn a behaviour from a real model, a quarter of an hour or more on two cores (ARGS="--task toxicity" for another)'
-	@echo 'make test    the tests: offline, on a CPU, seven minutes or more, and a short demo on the real model (ARGS="-k pool" for some)'
+	@echo 'make demo    unlearn a behaviour from a real model, seven minutes or more on two cores (ARGS="--task toxicity" for another)'
+	@echo 'make test    the tests: offline, on a CPU, a short demo on the real model among them: eight minutes or more (ARGS="-k pool" for some)'
 	@echo 'make lint    ruff and mypy (make format mends what ruff can)'
 	@echo 'make venv    only make .venv with the tested versions'
 	@echo 'make clean   remove caches and builds; .venv and runs/ stay'
@@ -39,7 +41,7 @@ demo: $(VENV)/.stamp
 	@$(BIN)/quark demo $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

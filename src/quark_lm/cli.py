@@ -216,7 +216,7 @@ def demo(
     output_dir: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/demo-TASK.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     budget: Annotated[
-        Budget, typer.Option(help="short: some minutes; full: a quarter of an hour or more on two cores.")
+        Budget, typer.Option(help="short: some minutes; full: seven minutes or more on two cores.")
     ] = Budget.full,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:

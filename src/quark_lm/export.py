@@ -210,7 +210,10 @@ def _load_adapter(
         options = {"dtype": dtype, **options}
     model, tokenizer = load_model(_recorded_base(folder, base), **options)
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # a stranger's file may hold anything
+            raise ModelError(f"The tokenizer in {folder} is damaged ({first_line(error)}). Copy it again.") from error
     embedding: Any = model.get_input_embeddings()
     if tokens is not None and tokens.barred and len(tokenizer) > len(embedding.weight):
         # room for the new tokens' rows, whose values are in the adapter

@@ -40,17 +40,16 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
     """(model, tokenizer) by folder, hub name, or "smollm2": the packaged model, else the same from the hub.
 
     Args: options: of `from_pretrained`, such as dtype, revision, trust_remote_code.
-    Raises: ModelError when it cannot be loaded; ConfigError for a revision of what has none.
+    Raises: ModelError when it cannot be loaded; ConfigError for a revision of the packaged one.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = packaged_file() if name == PACKAGED else None
-    if options.get("revision") is not None and (file is not None or Path(name).expanduser().is_dir()):
-        what = f"the package {_PACKAGE.replace('_', '-')}" if file is not None else "a folder"
+    if file is not None and options.get("revision") is not None:
         raise ConfigError(
-            f"revision={options['revision']!r} is a version of a model on the hub, but {name} is {what} here, which has"
-            " one alone. Leave it out, or give the model's name on the hub."
+            f"revision={options['revision']!r} is a version of a model on the hub, but {name} is the package"
+            f" {_PACKAGE.replace('_', '-')} here, which has one alone. Leave it out, or name {HUB_NAME}."
         )
     if file is not None:
         return _load_gguf(file, **options)

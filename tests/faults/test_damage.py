@@ -15,7 +15,7 @@ CHECKPOINT = "checkpoint-2"
 def stopped(things, tmp_path_factory):
     """A run that was stopped in its second round: with a checkpoint, a round, half of another."""
     folder = tmp_path_factory.mktemp("stopped")
-    fault = Fault("quark_lm.exploring:score", 5)
+    fault = Fault("quark_lm.exploring:_as_json", 5)
     done = quark(train(things, folder / "run"), fault)
     assert done.code == 130, done.err
     assert (folder / "run" / CHECKPOINT).is_dir()
@@ -91,7 +91,7 @@ def test_damaged_results_are_measured_again(whole, whole_end, things, tmp_path):
 
 def test_files_of_another_run_are_refused(again, things, tmp_path):
     other = tmp_path / "other"
-    done = quark(train(things, other, seed=7), Fault("quark_lm.exploring:score", 5))
+    done = quark(train(things, other, seed=7), Fault("quark_lm.exploring:_as_json", 5))
     assert done.code == 130
     run = tmp_path / "run"
     words = {

@@ -10,8 +10,9 @@ from faults.processes import Command, Fault, end, quark, train
 PHASES = {
     "loading the model": ("quark_lm.packaged:load_model", 1),
     "measuring the base": ("quark_lm.trainer:QuarkTrainer.evaluate_base", 1),
+    "scoring the held-out prompts": ("quark_lm.exploring:_held_out_scores", 1),
     "exploring": ("quark_lm.generation.hf:HFCompleter._complete_batch", 3),
-    "scoring": ("quark_lm.exploring:score", 2),
+    "scoring": ("quark_lm.exploring:_as_json", 2),
     "writing the pool": ("quark_lm.pool:Pool.append", 1),
     "learning": ("quark_lm.trainer:QuarkTrainer.compute_loss", 1),
     "the end of a round": ("quark_lm.trainer:QuarkTrainer.finish_round", 1),

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from quark_lm import Pool
 from quark_lm.errors import DataError, PoolError, QuarkError
 from quark_lm.evaluation.completions import CompletionSet, read_completions
 from quark_lm.evaluation.passes import _drawn
-from quark_lm.export import model_card
+from quark_lm.export import load, model_card
 from quark_lm.files import CHECK, checksum
 from quark_lm.pool import Journal, PartialRound, read_initial
 from quark_lm.prompts import encode, load_prompts
@@ -513,6 +514,63 @@ TAGS = st.sampled_from(
 def test_a_yaml_of_settings(folder, content):
     (folder / "run.yaml").write_bytes(content)
     told(read_settings, folder / "run.yaml", [])
+
+
+# -- a model's folder, which transformers and peft read
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of a tiny adapter, beside that of its base."""
+    peft = pytest.importorskip("peft")
+    base, folder = (tmp_path_factory.mktemp(name) for name in ("base", "adapter"))
+    tiny_llama().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(folder)
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_an_adapters_files(adapter, name):
+    path = adapter / name
+    whole = path.read_bytes()
+
+    @SLOW
+    @given(mutated(whole) | like(json.loads(whole)).map(lambda data: json.dumps(data).encode()))
+    def check(content):
+        path.write_bytes(content)
+        told(load, adapter)
+
+    try:
+        check()
+    finally:
+        path.write_bytes(whole)
+    assert load(adapter)[2] is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_models_files(adapter, name):
+    folder = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    path = folder / name
+    whole = path.read_bytes()
+    odd = mutated(whole)
+    if name.endswith(".json"):
+        odd |= like(json.loads(whole)).map(lambda data: json.dumps(data).encode())
+
+    @SLOW
+    @given(odd)
+    def check(content):
+        path.write_bytes(content)
+        told(load, folder)
+
+    try:
+        check()
+    finally:
+        path.write_bytes(whole)
+    assert load(folder)[2] is None
 
 
 # -- with a coverage-guided fuzzer, where there is one
