@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import signal
 import zlib
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from tiny import tiny_gpt2, tiny_tokenizer
 
-from quark_lm import demo, packaged
+from quark_lm import QuarkTrainer, demo, exploring, export, packaged
 from quark_lm.errors import ConfigError, DataError
 from quark_lm.evaluation import evaluate
 from quark_lm.prompts import is_held_out
@@ -105,6 +106,34 @@ def test_a_demo_measures_shows_and_saves_with_a_card(tiny_task, tmp_path):
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "| Quark, dial at 2 | 12 |" in card
     assert "`independent` is " in card
+
+
+def test_a_demo_that_is_stopped_with_ctrl_c_goes_on_and_ends_as_if_it_had_not_been(tiny_task, tmp_path, monkeypatch):
+    whole, _ = run({**tiny_task, "output_dir": tmp_path / "whole"})
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for owner, name in [
+            (exploring, "_as_json"),
+            (QuarkTrainer, "compute_loss"),
+            (QuarkTrainer, "finish_round"),
+            (evaluate, "complete_system"),
+            (evaluate, "figures"),
+            (export, "save"),
+        ]:
+            original = getattr(owner, name)
+
+            def interrupted(*args, original=original, **kwargs):
+                signal.raise_signal(signal.SIGINT)
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    run(tiny_task)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    results, _ = run(tiny_task)
+    assert results["systems"] == whole["systems"]
 
 
 def test_the_bars_are_on_where_transformers_is_quiet(tiny_task, tmp_path):

@@ -7,7 +7,9 @@ import copy
 import json
 import math
 import random
+import re
 import signal
+import warnings
 import zlib
 
 import numpy as np
@@ -791,6 +793,25 @@ def test_the_meaning_of_the_tokens_is_measured_on_held_out_rows_and_a_lack_of_it
     told = [line for line in lines if "token_auc" in line]
     assert [(line["round"], line["step"]) for line in told] == [(0, 2), (1, 4)]
     assert all(line["token_auc_se"] > 0 and line["heldout_nll"] > 0 for line in told)
+
+
+@pytest.mark.parametrize(
+    ("strength", "nll", "told"),
+    [(3.0, 2.2, r"Lower explore_strength \(3\), or learn"), (1.0, 2.2, "Raise beta, or learn"), (3.0, 2.0, None)],
+)
+def test_a_round_that_explored_text_of_no_use_is_told(strength, nll, told, tmp_path, monkeypatch):
+    def reference_nll(trainer, prompt_ids, completion_ids):
+        return [1.0 if trainer.state.global_step == 0 else nll] * len(completion_ids)
+
+    monkeypatch.setattr(QuarkTrainer, "reference_nll", reference_nll)
+    trainer = make(tmp_path, explore_strength=strength)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    texts = [str(one.message) for one in caught if "it drifts" in str(one.message)]
+    assert len(texts) == int(told is not None)
+    if told is not None:
+        assert re.search(rf"Round 2 explored text of perplexity 9.0 .* have 2.7: it drifts.* {told}", texts[0])
 
 
 def test_too_few_held_out_rows_to_tell_are_told(tmp_path):

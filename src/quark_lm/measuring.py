@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _PERPLEXITY_ROWS = 128
 # Above the base's perplexity, or below its dist-2, by more than these shares the text counts as drifted.
 _DRIFT = {"reference_perplexity": 0.15, "dist_2": -0.1}
+# A round whose samples have so many times the perplexity of round 0's explored text of no use: so did repetition and
+# toxicity with the dial at 4 (docs/experiments.md).
+_LOST = 3.0
 # With fewer held-out rows at either end the AUC says nothing.
 _LEAST_ROWS = 4
 
@@ -115,11 +118,9 @@ def round_figures(trainer: QuarkTrainer, round: int, assigned: np.ndarray) -> di
         threshold = rewards[before][old == trainer.args.num_quantiles - 1].min()
         # at the threshold counts: a reward of 0 and 1 has nothing above its best
         figures["share_above_best"] = float(np.mean(rewards[here & np.isfinite(rewards)] >= threshold))
-    # only the column that is needed: a round's texts may be large
-    measured = pool.gather(np.flatnonzero(here), ["reference_nll"])["reference_nll"]
-    nll = np.array([v for v in measured if v is not None])
-    if len(nll):  # a user's own data has none
-        figures["reference_perplexity"] = float(np.exp(nll).mean())
+    perplexity = _reference_perplexity(trainer, round)
+    if perplexity is not None:
+        figures["reference_perplexity"] = perplexity
     if trainer.args.reward_attributes:
         names = [f"reward/{name}" for name in trainer.rewards.names]
         of_each = pool.to_table([round], columns=names).to_pandas()
@@ -128,6 +129,31 @@ def round_figures(trainer: QuarkTrainer, round: int, assigned: np.ndarray) -> di
     levels = trainer.reward_tokens.all_levels(assigned)
     figures["quantiles_used"] = min(len(np.unique(of_one[of_one >= 0])) for of_one in levels)
     return figures
+
+
+def _reference_perplexity(trainer: QuarkTrainer, round: int) -> float | None:
+    """Of a round's samples under the original model; None for a user's own data, of which it is not measured."""
+    pool = trainer.open_pool()
+    # only the column that is needed: a round's texts may be large
+    measured = pool.gather(np.flatnonzero(pool.rounds == round), ["reference_nll"])["reference_nll"]
+    nll = np.array([v for v in measured if v is not None])
+    return float(np.exp(nll).mean()) if len(nll) else None
+
+
+def warn_of_drift(trainer: QuarkTrainer, round: int, figures: dict[str, Any]) -> None:
+    """Warns when a round explored text that the original model finds far less likely than its own samples."""
+    args, explored = trainer.args, figures.get("reference_perplexity")
+    if round == 0 or explored is None or not trainer.is_world_process_zero():
+        return
+    before = _reference_perplexity(trainer, 0)
+    if before is not None and explored > _LOST * before:
+        mend = f"Lower explore_strength ({args.explore_strength:g})" if args.explore_strength > 1 else "Raise beta"
+        warnings.warn(
+            f"Round {round + 1} explored text of perplexity {explored:.1f} under the original model, whose own samples"
+            f" have {before:.1f}: it drifts, and what is learned of it may be of no use. {mend}, or learn more steps"
+            " before exploring (steps_per_round).",
+            stacklevel=3,
+        )
 
 
 def warn_of_meaning(trainer: QuarkTrainer, round: int, figures: dict[str, float]) -> None:

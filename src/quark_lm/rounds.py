@@ -68,6 +68,7 @@ class Rounds(TrainerCallback):
         assigned = trainer.quantize(round)
         trainer._draw(round)
         figures = measuring.round_figures(trainer, round, assigned)
+        measuring.warn_of_drift(trainer, round, figures)
         if state.global_step == 0:
             figures |= {f"initial_{name}": value for name, value in trainer.measure_tokens().items()}
         trainer.round_metrics |= figures

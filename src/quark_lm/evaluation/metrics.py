@@ -296,7 +296,7 @@ def mauve(completion_features: ArrayLike, reference_features: ArrayLike, **optio
         from mauve import compute_mauve
     except ImportError as error:
         raise ConfigError(
-            "MAUVE needs the package mauve-text, which is not installed. pip install 'quark-lm[mauve]'"
+            f"MAUVE needs the package mauve-text, which cannot be imported ({error}). pip install 'quark-lm[mauve]'"
         ) from error
     features = {"p_features": np.asarray(completion_features), "q_features": np.asarray(reference_features)}
     return float(compute_mauve(**features, **{"verbose": False, **options}).mauve)
