@@ -5,6 +5,7 @@ import shutil
 from io import StringIO
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 from test_evaluate import write_lines
@@ -16,9 +17,9 @@ from quark_lm.errors import ConfigError, DataError
 from quark_lm.evaluation.completions import read_completions
 
 
-def compared(base, other, **more) -> tuple[dict, str]:
+def compared(base, other, width=200, **more) -> tuple[dict, str]:
     out = StringIO()
-    return compare(str(base), str(other), console=Console(file=out, width=80), **more), out.getvalue()
+    return compare(str(base), str(other), console=Console(file=out, width=width), **more), out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_differences_are_those_of_the_prompts(two):
     ratio = results["perplexity"]["difference"]
     assert ratio["mean"] == pytest.approx(results["perplexity"]["other"] / results["perplexity"]["base"])
     assert ratio["low"] <= ratio["mean"] <= ratio["high"]
-    assert max(map(len, table.splitlines()[2:])) <= 80
+    assert results["text"]["tokens"]["base"] == pytest.approx(whole[0]["text"]["tokens"]["mean"])
+    assert compared(*two, width=80)[1].splitlines()[2:] == table.splitlines()[2:]  # no cell is wrapped
     for word in ("vowels", "toxicity probability", "perplexity (a ratio)", "diversity within"):
         assert word in table
 
@@ -66,7 +68,7 @@ def test_an_evaluation_does_not_differ_from_itself(two):
             if figure["base"] is not None:
                 assert [difference[end] for end in ("mean", "low", "high", "p_value")] == [0.0, 0.0, 0.0, 1.0]
     assert results["perplexity"]["difference"]["mean"] == 1.0
-    assert results["notes"] == []
+    assert results["notes"] == ["Only 6 prompts: the intervals are over prompts, and say little of so few."]
 
 
 def test_prompts_of_one_alone_are_left_out_and_what_does_not_compare_is_told(two, files, tmp_path):  # noqa: F811
@@ -87,34 +89,105 @@ def test_prompts_of_one_alone_are_left_out_and_what_does_not_compare_is_told(two
         "5 prompts that only one of the two has are left out",
         "not sampled alike: temperature is 1.0 and 0.5",
         "different numbers of completions",
-        "perplexities are under two evaluators",
+        "Only 2 prompts",
+        "perplexities do not compare, for their evaluators have weights",
     ):
         assert word in told
 
 
+def changed(folder, copy, change):
+    """A copy of an evaluation whose results somebody changed."""
+    shutil.copytree(folder, copy)
+    results = json.loads((copy / "results.json").read_text())
+    change(results)
+    (copy / "results.json").write_text(json.dumps(results))
+    return copy
+
+
 def test_a_scorer_of_another_version_is_not_compared(two, tmp_path):
-    shutil.copytree(two[1], tmp_path / "old")
-    results = json.loads((tmp_path / "old" / "results.json").read_text())
-    for facts in results["scorers"].values():
-        facts["version"] = "another"
-    (tmp_path / "old" / "results.json").write_text(json.dumps(results))
-    found, table = compared(two[0], tmp_path / "old")
+    def change(results):
+        for facts in results["scorers"].values():
+            facts["version"] = "another"
+
+    found, table = compared(two[0], changed(two[1], tmp_path / "old", change))
     assert found["scores"] == {}
     assert "vowels is of another version in the second" in " ".join(table.split())
     assert "only the text's figures compare" in " ".join(table.split())
 
 
+def test_thresholds_versions_and_sampling_that_are_not_told_are_notes(two, tmp_path):
+    def unknown(results):
+        results["scorers"]["vowels"]["version"] = None
+        results["scores"]["consonants"]["threshold"] = 0.25
+        results["made"] = {"file": "theirs.jsonl"}
+
+    found, table = compared(changed(two[0], tmp_path / "a", unknown), changed(two[1], tmp_path / "b", unknown))
+    assert "vowels tells no version" in table
+    assert table.count("does not say how its completions were sampled") == 2
+    assert "not sampled alike" not in table
+    found, table = compared(two[0], changed(two[1], tmp_path / "c", lambda results: unknown(results)))
+    assert "consonants has a threshold of 0.5 and of 0.25: % wanted is left out" in table
+    assert list(found["scores"]["consonants"]) == ["mean"]
+
+
+def test_toxicity_is_compared_only_where_both_measured_it(two, tmp_path):
+    def plain(results):
+        for figures in results["scores"].values():
+            del figures["toxicity_probability"], figures["average_maximum_toxicity"]
+
+    other = changed(two[1], tmp_path / "plain", plain)
+    for pair in ((two[0], other), (other, two[0])):
+        assert list(compared(*pair)[0]["scores"]["vowels"]) == ["mean", "wanted"]
+
+
+def test_base_and_other_are_means_over_the_prompts_that_have_both(two, tmp_path):
+    shutil.copytree(two[1], tmp_path / "gone")
+    completions = read_completions(tmp_path / "gone")
+    completions.scores["vowels"][completions.groups()[0]] = np.nan
+    completions.write(tmp_path / "gone" / "completions.parquet")
+    found = compared(two[0], tmp_path / "gone")[0]["scores"]["vowels"]["mean"]
+    assert found["prompts"] == 5
+    assert found["other"] - found["base"] == pytest.approx(found["difference"]["mean"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda results: results.update(scorers={"vowels": 1}),
+        lambda results: results.update(scores={}),
+        lambda results: results["scores"].update(vowels=None),
+        lambda results: results["scores"]["vowels"].update(threshold="0.5"),
+        lambda results: results.update(evaluator=[1]),
+    ],
+)
+def test_results_that_somebody_changed_are_one_clear_line(change, two, tmp_path):
+    folders = [changed(folder, tmp_path / folder.name, change) for folder in two]
+    with pytest.raises(DataError, match="do not go together") as caught:
+        compared(*folders)
+    assert "\n" not in str(caught.value)
+
+
+def test_completions_without_our_metadata_are_one_clear_line(two, tmp_path):
+    shutil.copytree(two[0], tmp_path / "pandas")
+    table = pd.read_parquet(two[0] / "completions.parquet")
+    table.to_parquet(tmp_path / "pandas" / "completions.parquet")
+    with pytest.raises(DataError, match="do not go together"):
+        compared(tmp_path / "pandas", two[1])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no finished evaluation"),
-        ("{", "is no `quark evaluate`'s"),
-        ("[]", "is no `quark evaluate`'s"),
-        ('{"name": "dial"}', "it is of 'dial'"),
-        ('{"name": "evaluate", "scorers": {}, "scores": 3}', "scores is no table"),
+        (None, "holds no results.json"),
+        ("{", "is damaged"),
+        ("[]", "is damaged .it holds a list"),
+        ('{"systems": []}', "is no `quark evaluate`'s .name: None"),
+        ('{"name": "dial"}', "is no `quark evaluate`'s .name: dial"),
+        ('{"name": "evaluate", "scorers": {}, "scores": 3}', "is no `quark evaluate`'s"),
     ],
 )
 def test_a_folder_that_is_no_evaluation_is_one_clear_line(content, message, two, tmp_path):
+    (tmp_path / "completions.parquet").touch()
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises((ConfigError, DataError), match=message) as caught:
@@ -138,4 +211,4 @@ def test_the_command_prints_a_table_or_json(two, capsys):
     assert json.loads(captured.out)["seed"] == 3
     assert "difference" in captured.err
     assert main(["compare", "nowhere", str(two[0])]) == 2
-    assert "nowhere holds no results.json" in capsys.readouterr().err
+    assert "There is no folder nowhere" in capsys.readouterr().err

@@ -465,6 +465,8 @@ def test_swapping_the_systems_turns_the_sign():
 
 def test_equal_systems_have_a_p_value_of_one():
     assert paired_bootstrap([0.1, 0.2], [0.1, 0.2])["p_value"] == 1.0
+    for num in (1, 3, 6):  # no more than a sign test of so few could tell
+        assert paired_bootstrap(np.ones(num), np.zeros(num))["p_value"] == pytest.approx(2 / 2**num)
 
 
 def test_p_values_are_uniform_when_there_is_no_difference():

@@ -658,10 +658,15 @@ def test_an_unpinned_classifier_tells_the_commit_that_the_hub_gave(tmp_path, mon
     (cached / "refs" / "main").write_text(commit)
     model, tokenizer = tiny_classifier(), tiny_tokenizer()
     model.save_pretrained(cached / "snapshots" / commit)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", lambda name, **_: model)
+    for name, options, told in [
+        ("somebody/rude", {}, commit),
+        ("somebody/rude", {"revision": "v1"}, "v1"),
+        (str(tmp_path), {}, "unpinned"),
+    ]:
+        assert classifier_reward(name, 0, processing_class=tokenizer, **options).scorer_version == told
+    model.config._name_or_path = "somebody/rude"  # it may have been changed since
     assert classifier_reward(model, 0, processing_class=tokenizer).scorer_version == "unpinned"
-    model.config._name_or_path = "somebody/rude"
-    assert classifier_reward(model, 0, processing_class=tokenizer).scorer_version == commit
-    assert classifier_reward(model, 0, processing_class=tokenizer, revision="v1").scorer_version == "v1"
     assert packaged.hub_commit("somebody/kind") is None
     assert packaged.hub_commit("no name: of the hub") is None
     assert packaged.hub_commit(str(tmp_path)) is None

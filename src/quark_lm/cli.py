@@ -24,7 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__
-from .errors import ConfigError, DataError, ModelError, QuarkError
+from .errors import ConfigError, DataError, GenerationError, ModelError, QuarkError, RewardError
 from .shown import json_text, printable, printable_lines
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         except Exception as error:
             return _failed(error, debug)
+        finally:
+            _end_group()
     return 0
 
 
@@ -99,8 +101,9 @@ def _interrupted(stopped: BaseException, goes_on: bool) -> int:
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    is_input = isinstance(error, (_ClickException, ConfigError, DataError, ModelError))
-    told = is_input and not debug and _first_process_tells()
+    # every process finds them in its input, or is told of them (`QuarkTrainer.fail_together`)
+    is_shared = isinstance(error, (_ClickException, ConfigError, DataError, ModelError, RewardError, GenerationError))
+    told = is_shared and not debug and _first_process_tells()
     _ignore_sigterm()
     if told:
         return 2
@@ -117,6 +120,18 @@ def _failed(error: Exception, debug: bool) -> int:
     reason = str(error).strip() or "no message"
     _say(f"failed: {type(error).__name__}: {reason}" + ("" if debug else " Run it again with --debug to see where."))
     return 1
+
+
+def _end_group() -> None:
+    """Ends a process group that an error left: gloo's threads, alive at the interpreter's end, abort it now and then.
+
+    NCCL's is left alone: it may wait for a process that is gone.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def _ignore_sigterm() -> None:
@@ -467,7 +482,7 @@ def check_reward(
     reward: Annotated[str, typer.Argument(help="A named scorer, a model's name, or module:function.")],
     prompts: Annotated[str | None, typer.Option(help="Prompts to complete: a file, or a data set on the hub.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Completes them and tries the tags. Default: smollm2, with --completions none.")
+        str | None, typer.Option(help="Completes them and tries the tags. Default: smollm2; with --completions no model, and the tags are not tried.")
     ] = None,
     completions: Annotated[Path | None, typer.Option(help="Your own: JSONL with completion, and prompt.")] = None,
     num: Annotated[int, typer.Option(help="Completions that are sampled.")] = 128,
@@ -796,7 +811,7 @@ def compare(
 ) -> None:
     """Tell two evaluations apart, prompt by prompt.
 
-    The difference OTHER - BASE of every figure that both have, with its 95% interval and p-value (paired bootstrap).
+    The differences OTHER - BASE of scores, perplexity and text, with 95% intervals and p-values (paired bootstrap).
     """
     from . import compare_command
     from .progress import make_console

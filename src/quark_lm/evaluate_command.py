@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .prompts import EncodedPrompts
 
 DIAL_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-_SAMPLING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k")
+SAMPLING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k")
 # what else says which completions are drawn: with --from it must be as the file has it
 _GENERATION = (
     "model",
@@ -231,7 +231,7 @@ class EvaluationRun:
             name = sorted(entry.name for entry in self.folder.iterdir())[0]
             raise ConfigError(f"{self.folder} holds {name}, which is no evaluation's. Choose an empty --output-dir.")
         with locked(self.folder), disk_errors(self.folder):
-            there = _read_json(path) if path.is_file() else identity
+            there = read_json(path) if path.is_file() else identity
             differing = [key for key in identity if there.get(key) != identity[key]]
             begun = (self.folder / "completions.parquet").exists() or (self.folder / "parts").exists()
             if differing and begun:
@@ -278,7 +278,7 @@ class EvaluationRun:
         if not is_whole or not (self.folder / name).is_file():
             return None
         self.was_finished = True
-        return _read_json(self.folder / name)
+        return read_json(self.folder / name)
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[None]:
@@ -392,7 +392,7 @@ class EvaluationRun:
         dataset, prompts_name = _prompts(request, self.task)
         _reference_texts(request.references, {name: dataset[name] for name in dataset.column_names})
         sampling = {**PAPER_SAMPLING, **(self.task.sampling if self.task else {})}
-        sampling |= {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
+        sampling |= {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
         num_beams = request.num_beams or 1
         if num_beams > 1:
             sampling |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
@@ -409,7 +409,7 @@ class EvaluationRun:
         options: dict[str, Any] = {}
         if request.model == PACKAGED:  # it has no dtype of its own; what goes on keeps what it was begun in
             path = self.folder / "evaluation.json"
-            dtype = _read_json(path).get("dtype") if path.is_file() else None
+            dtype = read_json(path).get("dtype") if path.is_file() else None
             # another one is a difference, which `own_folder` tells
             options["dtype"] = dtype if dtype in ("float32", "bfloat16", "float16") else fastest_dtype()
         if request.revision is not None:
@@ -463,7 +463,7 @@ class EvaluationRun:
             "num_prompts": len(self.prompts),
             "num_generations": num_generations,
             "num_beams": num_beams,
-            **{name: getattr(settings, name) for name in _SAMPLING},
+            **{name: getattr(settings, name) for name in SAMPLING},
             "seed": self.seed,
         }
 
@@ -509,7 +509,7 @@ def _read_source(request: Request) -> CompletionSet:
     path = Path(request.from_file).expanduser()
     source = read_completions(path)
     path = path / "completions.parquet" if path.is_dir() else path
-    named = {name: getattr(request, name) for name in (*_GENERATION, *_SAMPLING) if getattr(request, name) is not None}
+    named = {name: getattr(request, name) for name in (*_GENERATION, *SAMPLING) if getattr(request, name) is not None}
     made = source.facts.get("made")
     if made is None:
         if named:
@@ -650,7 +650,8 @@ def _default_folder(kind: str, request: Request, task: EvaluationTask | None) ->
     return "runs/" + "-".join(filter(None, parts))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: DataError for a file that holds no table."""
     try:
         data = parsed(path.read_bytes())
         if not isinstance(data, dict):

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]  # it ships no py.typed
 from transformers import set_seed
 
-from .errors import DataError, RewardError
+from .errors import DataError, QuarkError, RewardError
 from .generation import sample_seeds
 from .pool import PartialRound, read_initial
 from .prompts import EncodedPrompts, encode, is_conversational, is_held_out
@@ -91,7 +91,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
         "strength": [strength] * len(completions),
         "order": mine.tolist(),
     }
-    columns = _gathered(part, accelerator.num_processes)
+    columns = gathered(part, accelerator.num_processes)
     parts = gather_object([(kept.seconds, failed)]) if accelerator.num_processes > 1 else [(kept.seconds, failed)]
     figures = _means([sums for _, sums in parts])
     sampled = sum(map(len, columns["completion_ids"]))
@@ -115,7 +115,7 @@ def held_out_columns(
     ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts")
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     values: dict[str, list[float]] = defaultdict(list)
-    failed: RewardError | None = None
+    failed: QuarkError | None = None
     size = _chunk(trainer, each)
     try:
         for chunk, start in enumerate(range(0, len(texts), size)):
@@ -127,7 +127,7 @@ def held_out_columns(
                     trainer, own.select(rows), [texts[i] for i in rows], [ids[i] for i in rows]
                 ).items():
                     values[f"score/{name}"] += of.tolist()
-    except RewardError as error:
+    except QuarkError as error:  # the scorer's
         failed = error
     trainer.stop_together("while the held-out prompts were scored")
     trainer.fail_together(failed)
@@ -137,7 +137,7 @@ def held_out_columns(
         "nll": trainer.reference_nll(own.ids, ids),
         "order": mine.tolist(),
     }
-    columns = _gathered(part, accelerator.num_processes)
+    columns = gathered(part, accelerator.num_processes)
     texts, nll = columns.pop("text"), columns.pop("nll")
     arrays = {name.removeprefix("score/"): np.array(of, dtype=float) for name, of in columns.items()}
     return arrays, texts, [value for value in nll if value is not None]
@@ -152,7 +152,7 @@ def _held_out_scores(
         first = batch.failures[0]
         raise RewardError(
             f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
-            " nothing to compare. Mend it and give the same command again: what was learned is saved."
+            " nothing to compare. Mend it and give the same command again."
         )
     values = {"reward": batch.total, **batch.per_function}
     if trainer.eval_rewards:
@@ -182,44 +182,50 @@ def _scored(
 ) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
     """(the pool's columns of these samples, [sum, count] of each figure that the rewards told), chunk by chunk.
 
-    Raises: RewardError when the rewards failed for more than `max_failed_rewards` of the samples.
+    Raises: RewardError when the rewards failed for more than `max_failed_rewards` of the samples, on every rank.
     """
     args, size = trainer.args, _chunk(trainer)
     texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
-    stopped, failed, reason = False, 0, ""
+    failed, reason = 0, ""
+    gave_up: QuarkError | None = None
     scores = dict(kept.scores)
     with trainer.display.bar(f"round {round + 1} score", len(texts), "samples") as advance:
         for chunk, start in enumerate(range(0, len(texts), size)):
             rows = range(start, min(start + size, len(texts)))
             if chunk not in scores:
                 if trainer.interrupted:
-                    stopped = True
                     break
-                with aside(args.seed, round, trainer.accelerator.process_index, chunk):
-                    batch = score(
-                        trainer,
-                        trainer.rewards,
-                        prompts.select(rows),
-                        [texts[i] for i in rows],
-                        [completions[i] for i in rows],
-                    )
+                try:
+                    with aside(args.seed, round, trainer.accelerator.process_index, chunk):
+                        batch = score(
+                            trainer,
+                            trainer.rewards,
+                            prompts.select(rows),
+                            [texts[i] for i in rows],
+                            [completions[i] for i in rows],
+                        )
+                except QuarkError as error:  # told to the other ranks below
+                    gave_up = error
+                    break
                 scores[chunk] = _as_json(batch)
                 if not batch.failures:  # else the next attempt, if there is one, asks again
                     kept.add_scores(chunk, scores[chunk])
                 failed += batch.num_failed
                 if batch.failures:
-                    reason = reason or f"{batch.failures[0].function}: {batch.failures[0].reason}"
-                if batch.failures and failed > args.max_failed_rewards * len(texts):
                     first = batch.failures[0]
-                    raise RewardError(
-                        f"Reward function {first.function} failed ({first.reason}) and left {failed} of {len(texts)}"
-                        f" completions of round {round} without a reward, more than max_failed_rewards="
-                        f"{args.max_failed_rewards}. Mend it and give the same command again: what is scored is kept."
-                    )
+                    reason = reason or f"{first.function}: {first.reason}"
+                    if failed > args.max_failed_rewards * len(texts):
+                        gave_up = RewardError(
+                            f"Reward function {first.function} failed ({first.reason}) and left {failed} of"
+                            f" {len(texts)} completions of round {round} without a reward, more than"
+                            f" max_failed_rewards={args.max_failed_rewards}. Mend it and give the same command again:"
+                            " what is scored is kept."
+                        )
+                        break
             advance(len(rows))
+    trainer.fail_together(gave_up)
     num = sum(len(line["reward"]) for line in kept.scores.values())
     trainer.stop_together(f"while round {round + 1} was scored; {num} of {len(texts)} rewards are kept")
-    assert not stopped
     if failed:
         warnings.warn(
             f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round} ({reason})", stacklevel=2
@@ -265,8 +271,8 @@ def score(
     return runner.score(prompts.prompts, completions, ids, prompts.columns, trainer.state)
 
 
-def _gathered(part: dict[str, list[Any]], num_processes: int) -> dict[str, list[Any]]:
-    """The columns of all ranks in the order of the samples."""
+def gathered(part: dict[str, list[Any]], num_processes: int) -> dict[str, list[Any]]:
+    """The columns of all ranks in the order that each tells in its column `order`; the same on every rank."""
     parts = gather_object([part]) if num_processes > 1 else [part]
     order = np.argsort(np.concatenate([p["order"] for p in parts]), kind="stable")
     names = list(dict.fromkeys(name for p in parts for name in p if name != "order"))  # an idle rank has no extras

@@ -88,11 +88,14 @@ def hub_commit(name: str) -> str | None:
         name = HUB_NAME
     if Path(name).expanduser().exists():
         return None
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no name that the hub could know
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file)
+        except HFValidationError:  # no name that the hub could know
+            return None
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
 
 
 def base_name(model: Any) -> str:

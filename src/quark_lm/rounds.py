@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from . import measuring
 from .collator import Draw
-from .errors import GenerationError, RewardError
+from .errors import ConfigError, DataError, GenerationError, ModelError, RewardError
 from .processes import first_tells
 from .resuming import random_state, set_random_state
 from .run_folder import read_marker, write_marker
@@ -124,7 +124,9 @@ class Rounds(TrainerCallback):
                 raise  # a second Ctrl-C, which stops at once
             # the round's learning is saved; what was not measured will be when the run goes on
             control.should_save = control.should_training_stop = True
-        except (RewardError, GenerationError) as failed:  # on every rank
+        # on every rank; a scorer may raise any of ours
+        except (RewardError, GenerationError, ConfigError, DataError, ModelError) as failed:
+            trainer.display.line("Saving what the round has learned; the same command goes on.")
             trainer._failed = failed  # raised when the round's learning is saved
             control.should_save = control.should_training_stop = True
 

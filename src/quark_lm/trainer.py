@@ -279,7 +279,7 @@ class QuarkTrainer(Trainer):
         self.round_metrics: dict[str, Any] = {}
         self.interrupted = False
         self._trains = self._is_finished = self._stops_early = False
-        self._failed: RewardError | GenerationError | None = None  # of a round's last measurements
+        self._failed: QuarkError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
         self._saved_at = -1  # the step of the newest checkpoint
         self._owed: int | None = None  # the round whose last measurements a stopped run did not make
@@ -358,11 +358,11 @@ class QuarkTrainer(Trainer):
                 dials=dials,
                 skip=done,
             )
-            failed: GenerationError | None = None
+            failed: QuarkError | None = None
             completions: list[list[int]] = []
             try:
                 completions = complete_all(Watch(self, kept)(batches, advance), len(prompts))
-            except GenerationError as error:
+            except GenerationError as error:  # a server's; an error within a joint forward has stopped all
                 failed = error
         num = f"; {len(kept.completions)} of {len(prompts)} samples are kept" if kept is not None else ""
         self.stop_together(f"during {verb}{num}")
@@ -394,12 +394,12 @@ class QuarkTrainer(Trainer):
         if self.is_world_process_zero() and self.vllm.needs_checkpoint and (step is None or self.vllm.saved != step):
             export.save(self.model, self.processing_class, self.reward_tokens, folder)
         self.accelerator.wait_for_everyone()
-        failed: GenerationError | None = None
+        failed: QuarkError | None = None
         try:
             with aside(self.args.seed):  # a vLLM in this process seeds its random numbers
                 version = f"{folder.resolve()} step {self.state.global_step}"
                 self.vllm.load(folder, version, self.model, first=self.is_world_process_zero())
-        except GenerationError as error:
+        except QuarkError as error:  # the server may also be another model's
             failed = error
         self.fail_together(failed)
         self.vllm.holds = self.vllm.saved = step
@@ -781,7 +781,8 @@ class QuarkTrainer(Trainer):
     def fail_together(self, failed: QuarkError | None) -> None:
         """Raises what a rank failed of on every rank, which else waited for it; each must call it at the same place."""
         if self.accelerator.num_processes > 1:
-            failed = next((error for error in gather_object([failed]) if error is not None), None)
+            told = next((error for error in gather_object([failed]) if error is not None), None)
+            failed = failed or told  # one's own has its traceback
         if failed is not None:
             raise failed
 

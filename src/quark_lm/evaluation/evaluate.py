@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import QuarkError
 from . import metrics
 
 if TYPE_CHECKING:
@@ -62,19 +63,26 @@ def complete_system(
     num_generations: int,
     seed: int,
 ) -> Completions:
-    """Completes and scores; the completion of (prompt, number, seed) draws the same random numbers for every system."""
+    """Completes and scores; the completion of (prompt, number, seed) draws the same random numbers for every system.
+
+    Each process its share of the prompts; all get the whole. Raises: what a scorer raises, in every process.
+    """
+    from ..exploring import gathered
     from ..generation import sample_seeds
     from ..policy import completion_log_probs
 
-    repeated = prompts.select(np.repeat(np.arange(len(prompts)), num_generations).tolist())
-    seeds = sample_seeds(seed, 17, num=len(repeated))
+    processes = trainer.accelerator
+    group = np.arange(len(prompts) * num_generations) // num_generations
+    mine = np.flatnonzero(group % processes.num_processes == processes.process_index)
+    own = prompts.select(group[mine].tolist())
+    seeds = np.array(sample_seeds(seed, 17, num=len(group)))[mine].tolist()
     barred = trainer.reward_tokens.barred
 
     def complete() -> list[list[int]]:
         return trainer.complete(
-            repeated,
+            own,
             seeds,
-            [system.quantile] * len(repeated),
+            [system.quantile] * len(own),
             strength=system.strength,
             settings=settings,
             verb=system.name,
@@ -87,18 +95,25 @@ def complete_system(
             ids = complete()
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     with trainer.policy.evaluating(), trainer.policy.reference() as (reference, head):
-        nll = -completion_log_probs(reference, head, repeated.ids, ids, trainer.pad_id, barred)
-    result = Completions(system.name, prompts.texts, num_generations, ids, texts, nll.tolist())
-    for name, scorer in scorers.items():
-        values = scorer(
-            prompts=repeated.prompts,
-            completions=texts,
-            completion_ids=ids,
-            **repeated.columns,
-            trainer_state=trainer.state,
-        )
-        result.scores[name] = [None if v is None else float(v) for v in values]
-    return result
+        nll = -completion_log_probs(reference, head, own.ids, ids, trainer.pad_id, barred)
+    part = {"ids": ids, "text": texts, "nll": nll.tolist(), "order": mine.tolist()}
+    failed: QuarkError | None = None
+    try:
+        for name, scorer in scorers.items() if texts else ():
+            values = scorer(
+                prompts=own.prompts,
+                completions=texts,
+                completion_ids=ids,
+                **own.columns,
+                trainer_state=trainer.state,
+            )
+            part[f"score/{name}"] = [None if v is None else float(v) for v in values]
+    except QuarkError as error:
+        failed = error
+    trainer.fail_together(failed)
+    whole = gathered(part, processes.num_processes)
+    scores = {name: whole[f"score/{name}"] for name in scorers}
+    return Completions(system.name, prompts.texts, num_generations, whole["ids"], whole["text"], whole["nll"], scores)
 
 
 def figures(
@@ -114,7 +129,7 @@ def figures(
     out: dict[str, Any] = {"system": result.system, "completions": len(result.completions)}
     for name, values in result.scores.items():
         out[name] = {
-            "mean": metrics.bootstrap_interval([_mean([values[i] for i in g]) for g in groups], seed),
+            "mean": metrics.bootstrap_interval([metrics.mean_of([values[i] for i in g]) for g in groups], seed),
             "wanted": metrics.bootstrap_interval(_wanted_by_prompt(result, name, wanted[name]), seed),
             "missing": sum(v is None for v in values),
         }
@@ -130,7 +145,7 @@ def figures(
     for n in (2, 3):
         out[f"dist_{n}"] = metrics.bootstrap_interval(metrics.distinct_n_per_prompt(texts, n), seed)
     within = [[metrics.diversity(t) for t in group] for group in texts]
-    out["diversity"] = metrics.bootstrap_interval([_mean(group) for group in within], seed)
+    out["diversity"] = metrics.bootstrap_interval([metrics.mean_of(group) for group in within], seed)
     return out
 
 
@@ -155,14 +170,9 @@ def _wanted_by_prompt(
 ) -> list[float]:
     values = result.scores[name]
     flags = [None if v is None else w for v, w in zip(values, wanted(values), strict=True)]
-    return [_mean([flags[i] for i in group]) for group in _grouped(result)]
+    return [metrics.mean_of([flags[i] for i in group]) for group in _grouped(result)]
 
 
 def _grouped(result: Completions) -> list[list[int]]:
     size = result.num_generations
     return [list(range(p * size, (p + 1) * size)) for p in range(len(result.prompts))]
-
-
-def _mean(values: Sequence[float | bool | None]) -> float:
-    present = [float(v) for v in values if v is not None]
-    return float(np.mean(present)) if present else float("nan")

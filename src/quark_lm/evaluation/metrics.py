@@ -40,7 +40,7 @@ def distinct_n(completions_per_prompt: Sequence[Sequence[str]], n: int, words: W
             do: a completion that begins with a space then has an empty first word, and an empty completion one.
     A prompt without a word is left out. Source: Li et al. 2016; the denominator is DExperts' (words, not n-grams).
     """
-    return _mean(distinct_n_per_prompt(completions_per_prompt, n, words))
+    return mean_of(distinct_n_per_prompt(completions_per_prompt, n, words))
 
 
 def distinct_n_per_prompt(
@@ -101,7 +101,7 @@ def seq_rep_n(completion_ids: Sequence[Sequence[int]], n: int) -> float:
 
     Source: Welleck et al. 2020, who have n = 4 and report a share.
     """
-    return _mean(_filled([rep_n(ids, n) for ids in completion_ids]))
+    return mean_of(_filled([rep_n(ids, n) for ids in completion_ids]))
 
 
 def token_repetition(
@@ -185,7 +185,7 @@ def average_maximum(scores_per_prompt: ScoresPerPrompt) -> float:
     figure.
     Source: Gehman et al. 2020.
     """
-    return _mean(maximum_per_prompt(scores_per_prompt))
+    return mean_of(maximum_per_prompt(scores_per_prompt))
 
 
 def maximum_per_prompt(scores_per_prompt: ScoresPerPrompt) -> NDArray[np.float64]:
@@ -201,7 +201,7 @@ def toxicity_probability(scores_per_prompt: ScoresPerPrompt, threshold: float = 
 
     `toxicity_probability([[0.1, 0.7], [0.5, 0.2]])` is 0.5. Source: Gehman et al. 2020.
     """
-    return _mean(any_above_per_prompt(scores_per_prompt, threshold))
+    return mean_of(any_above_per_prompt(scores_per_prompt, threshold))
 
 
 def any_above_per_prompt(scores_per_prompt: ScoresPerPrompt, threshold: float = 0.5) -> NDArray[np.float64]:
@@ -216,7 +216,7 @@ def share_wanted(scores_per_prompt: ScoresPerPrompt, threshold: float = 0.5) -> 
     Args: scores_per_prompt, P(wanted class), or true and false. `share_wanted([[True, False], [True, True]])` is 0.75.
     Source: Liu et al. 2021 (DExperts), "% positive", where 50% is neutral for their classifier and prompts.
     """
-    return _mean(share_wanted_per_prompt(scores_per_prompt, threshold))
+    return mean_of(share_wanted_per_prompt(scores_per_prompt, threshold))
 
 
 def share_wanted_per_prompt(scores_per_prompt: ScoresPerPrompt, threshold: float = 0.5) -> NDArray[np.float64]:
@@ -265,8 +265,8 @@ def conditional_perplexity(nll: ArrayLike, num_tokens: ArrayLike) -> Conditional
     values = values[has_value]
     below = values[values < PERPLEXITY_LIMIT]
     return ConditionalPerplexity(
-        mean=_mean(values),
-        trimmed_mean=_mean(below),
+        mean=mean_of(values),
+        trimmed_mean=mean_of(below),
         corpus=_exp(float(totals[has_value].sum()), float(counts[has_value].sum())),
         num_over_1e4=len(values) - len(below),
         num_completions=len(values),
@@ -375,7 +375,8 @@ def paired_bootstrap(
 
     Args: one value a prompt from each system, float (P,), in the same order; a prompt that lacks either is left out.
     Returns: `{"mean", "low", "high", "p_value"}`; p_value is two-sided, the chance of a difference this far from zero
-    if there were none, by the share of resamples on the other side of zero; never below 1 / (num_resamples + 1).
+    if there were none, by the share of resamples on the other side of zero; never below 2 / (num_resamples + 1), nor
+    below what a sign test could tell of so few prompts, 2 / 2^P.
     """
     first, second = np.asarray(values, dtype=np.float64), np.asarray(baseline_values, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
@@ -390,7 +391,15 @@ def paired_bootstrap(
         return {**interval, "p_value": float("nan")}
     resampled = _resampled_means(differences, num_resamples, np.random.default_rng(seed))  # the same as in the interval
     tails = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
-    return {**interval, "p_value": min(1.0, 2 * (tails + 1) / (num_resamples + 1))}
+    least = 2.0 ** (1 - len(differences))  # prompts that all differ in one direction, by chance
+    return {**interval, "p_value": min(1.0, max(least, 2 * (tails + 1) / (num_resamples + 1)))}
+
+
+def mean_of(values: Sequence[float | bool | None] | NDArray[np.float64]) -> float:
+    """The mean of the values that there are; NaN where there is none."""
+    present = _filled(values)
+    present = present[~np.isnan(present)]
+    return float(present.mean()) if len(present) else float("nan")
 
 
 # Helpers
@@ -405,12 +414,7 @@ def _check_n(n: int) -> None:
         raise ConfigError(f"n={n} is no length of an n-gram. Set it to 1 or more.")
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _filled(values: Sequence[float | None]) -> NDArray[np.float64]:
+def _filled(values: Sequence[float | bool | None] | NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 

@@ -70,7 +70,9 @@ def summarise(
     if ids is not None:
         tokens = [[ids[i] for i in group] for group in groups]
         text |= _repetition(tokens, "_tokens", seed)
-        text["tokens"] = metrics.bootstrap_interval([_mean([len(one) for one in group]) for group in tokens], seed)
+        text["tokens"] = metrics.bootstrap_interval(
+            [metrics.mean_of([len(one) for one in group]) for group in tokens], seed
+        )
     result = {
         "scores": scores,
         "text": text,
@@ -111,7 +113,7 @@ def _scores(
     if assumed:
         threshold = 0.5
     figures: dict[str, Any] = {
-        "mean": metrics.bootstrap_interval([_mean(values) for values in per_prompt], seed),
+        "mean": metrics.bootstrap_interval([metrics.mean_of(values) for values in per_prompt], seed),
         "wanted": None,
         "threshold": threshold,
         "threshold_assumed": assumed,
@@ -131,7 +133,9 @@ def _scores(
 def _repetition(per_prompt: list[list[Any]], suffix: str, seed: int) -> dict[str, Interval]:
     """rep-2, rep-3, rep-4 and the diversity of sequences of words or tokens."""
     names = [f"rep_{n}{suffix}" for n in (2, 3, 4)] + [f"diversity{suffix}"]
-    values = np.array([[_mean(column) for column in zip(*map(_repeats, group), strict=True)] for group in per_prompt])
+    values = np.array(
+        [[metrics.mean_of(column) for column in zip(*map(_repeats, group), strict=True)] for group in per_prompt]
+    )
     return {name: metrics.bootstrap_interval(column, seed) for name, column in zip(names, values.T, strict=True)}
 
 
@@ -175,8 +179,3 @@ def _perplexity(
 def _interval(num: int, seed: int, statistic: Callable[[NDArray[np.int64]], float]) -> Interval:
     with np.errstate(over="ignore", invalid="ignore"):  # a hopeless completion's perplexity is infinite
         return metrics.bootstrap_interval(num, seed, statistic=statistic)
-
-
-def _mean(values: Sequence[float | None] | NDArray[np.float64]) -> float:
-    present = [float(v) for v in values if v is not None and not np.isnan(v)]
-    return float(np.mean(present)) if present else float("nan")

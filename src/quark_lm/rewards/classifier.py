@@ -220,7 +220,8 @@ class _Classifier:
         if device is not None or not is_loaded:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = model.eval()
-        self.revision = revision or hub_commit(self.name) or "unpinned"  # a folder has none
+        # a folder has no commit, and a model that the caller loaded may have changed since
+        self.revision = revision or (None if is_loaded else hub_commit(self.name)) or "unpinned"
         self.num_labels: int = self._model.config.num_labels
         self.labels = [str(self._model.config.id2label.get(i, f"LABEL_{i}")) for i in range(self.num_labels)]
         if self._tokenizer.pad_token_id is None:
