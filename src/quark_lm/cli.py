@@ -482,7 +482,10 @@ def check_reward(
     reward: Annotated[str, typer.Argument(help="A named scorer, a model's name, or module:function.")],
     prompts: Annotated[str | None, typer.Option(help="Prompts to complete: a file, or a data set on the hub.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Completes them and tries the tags. Default: smollm2; with --completions no model, and the tags are not tried.")
+        str | None,
+        typer.Option(
+            help="Completes them and tries the tags. Default: smollm2; none, and no trial, with --completions."
+        ),
     ] = None,
     completions: Annotated[Path | None, typer.Option(help="Your own: JSONL with completion, and prompt.")] = None,
     num: Annotated[int, typer.Option(help="Completions that are sampled.")] = 128,
