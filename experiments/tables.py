@@ -2,7 +2,7 @@
 
 python experiments/tables.py demo-sentiment           # all seeds, and the mean over them
 python experiments/tables.py demo-sentiment --short   # one row a system: the mean of the seeds and their range
-python experiments/tables.py owt-strength2 --part openwebtext
+python experiments/tables.py owt-train --part openwebtext
 python experiments/tables.py --tasks                  # results/tasks.json, and the rows of docs/tasks.md
 """
 
@@ -36,7 +36,7 @@ TASKS = [
     ),
     (
         "sentiment-positive",
-        "owt-strength2",
+        "owt-train",
         "openwebtext",
         "OpenWebText, 96 negative and 96 neutral; trained on others of them",
     ),
@@ -68,6 +68,8 @@ def tasks() -> list[dict[str, Any]]:
                         "base": base[role]["wanted"],
                         "quark": quark[role]["wanted"],
                         "dial2": dial2[role]["wanted"],
+                        # prompt by prompt; None in results that were made before it was measured
+                        "quark_above_base": quark.get("against_base", {}).get(role),
                         "perplexity": {
                             "base": base["perplexity"]["mean"],
                             "quark": quark["perplexity"]["mean"],
@@ -89,13 +91,24 @@ def task_rows(rows: list[dict[str, Any]]) -> None:
     last = None
     for (task, prompts, scorer), some in groups.items():
         if task != last:
-            print(f"\n{task}\n\n| prompts | scorer | seeds | base | Quark | dial at 2 | perplexity |")
-            print("|---" * 7 + "|")
+            print(f"\n{task}\n")
+            print("| prompts | scorer | seeds | base | Quark | dial at 2 | Quark - base, by prompt | perplexity |")
+            print("|---" * 8 + "|")
         last = task
         shares = [spread([100 * row[key]["mean"] for row in some], "{:.1f}") for key in ("base", "quark", "dial2")]
         perplexity = [f"{np.mean([row['perplexity'][key] for row in some]):.1f}" for key in ("base", "quark", "dial2")]
-        cells = [prompts, scorer, str(len(some)), *shares, " / ".join(perplexity)]
+        cells = [prompts, scorer, str(len(some)), *shares, above([row["quark_above_base"] for row in some])]
+        cells.append(" / ".join(perplexity))
         print(f"| {' | '.join(cells)} |")
+
+
+def above(differences: list[dict[str, float] | None]) -> str:
+    """The mean of the seeds' differences in points, and the lowest and highest end of their 95% intervals."""
+    known = [of for of in differences if of is not None]
+    if len(known) < len(differences):
+        return ""
+    low, high = min(of["low"] for of in known), max(of["high"] for of in known)
+    return f"{100 * np.mean([of['mean'] for of in known]):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def spread(values: list[float], form: str) -> str:
