@@ -1,6 +1,6 @@
 """`quark train` in several processes: a process that dies ends the run, and the same command goes on, on two nodes too.
 
-The nodes are two torchrun agents on loopback, which meet as those of two machines do.
+The nodes are two torchrun agents with an address each on loopback, which meet as those of two machines do.
 """
 
 import json
@@ -240,9 +240,11 @@ def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=quark"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "quark_lm.cli", "train"]
-    command += [*flags(folder, "run", 4), "--fsdp", "true"]
-    nodes = [start(folder, f"node-{number}", command) for number in range(2)]
+    command += [f"--rdzv-endpoint=127.0.0.1:{port}"]
+    train = ["-m", "quark_lm.cli", "train", *flags(folder, "run", 4), "--fsdp", "true"]
+    nodes = [
+        start(folder, f"node-{number}", [*command, f"--local-addr=127.0.0.{number + 1}", *train]) for number in range(2)
+    ]
     monkeypatch.syspath_prepend(ROOT / "tests" / "invariants")
     assert main(["train", *flags(folder, "one", 8)]) == 0  # meanwhile, in one process
     try:
