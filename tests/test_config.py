@@ -101,6 +101,8 @@ REFUSED = [
     ({"top_p": 1.5}, r"top_p=1.5 is not a probability"),
     ({"token_dropout": 1.0}, r"token_dropout=1.0 is not a share"),
     ({"heldout_share": -0.1}, r"heldout_share=-0.1 is not a share"),
+    ({"dial_min_p": 1.0}, "dial_min_p=1.0 is no share of the likeliest token's probability"),
+    ({"dial_min_p": 0.1, "explore_strength": 1.0}, "dial_min_p=0.1 would do nothing with explore_strength=1.0"),
     ({"explore_strength": float("inf")}, "explore_strength=inf is not a number"),
     ({"explore_strength": float("nan")}, "explore_strength=nan is not a number"),
     ({"reward_token_texts": ["bad", "good"]}, "reward_token_texts has 2 texts, but num_quantiles=5"),

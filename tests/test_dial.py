@@ -1,6 +1,7 @@
 """The dial, measured: strength 1 is plain Quark bit for bit, strengths mix in a batch, beams, and the curve's files."""
 
 import json
+import math
 import sys
 from io import StringIO
 
@@ -20,6 +21,7 @@ from quark_lm.evaluate_command import Request, dial, evaluate
 from quark_lm.evaluation.beams import BeamCompleter, DialLogitsProcessor
 from quark_lm.evaluation.passes import Asked
 from quark_lm.generation import GenerationSettings
+from quark_lm.generation.hf import HFCompleter
 from quark_lm.reward_tokens import RewardTokens
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
@@ -105,6 +107,43 @@ def test_beams_under_the_dial_are_those_of_a_naive_search(asked, strength):
     for prompt in PROMPTS:
         best, worst, completion = beams_of(asked, prompt, strength, barred)
         assert completion == naive_beams(asked.model, best, worst, strength, barred, 3, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 40.0])
+def test_a_strong_dial_draws_only_what_the_best_token_finds_plausible(asked, strength):
+    barred = (*asked.barred, asked.tokenizer.eos_token_id)
+    for prompt in PROMPTS:
+        ids = asked.tokenizer(prompt)["input_ids"]
+        best, worst = (asked.tokens.insert(ids, quantile, 0) for quantile in (2, 0))
+        for min_p in (0.0, 0.7):
+            settings = GenerationSettings(max_completion_length=6, temperature=0.0, barred=barred, dial_min_p=min_p)
+            expected: list[int] = []
+            for _ in range(6):
+                b, w = (asked.model(torch.tensor([[*start, *expected]])).logits[0, -1] for start in (best, worst))
+                b[list(barred)] = -torch.inf
+                logits = b + (strength - 1) * (b - w)
+                if min_p and strength > 1:
+                    logits[b.softmax(-1) < min_p * b.softmax(-1).max()] = -torch.inf
+                logits[list(barred)] = -torch.inf
+                expected.append(int(logits.argmax()))
+            for completer in (HFCompleter(asked.model, ()), BeamCompleter(asked.model, [], 1)):
+                ((_, made),) = completer.complete([best], [0], settings, dials=[([worst], strength)])
+                assert made[0] == expected, (type(completer), min_p)
+
+
+def test_min_p_changes_a_strong_dial_and_no_other(asked, tmp_path):
+    plain, limited = (
+        ids_by_strength(generate_set(asked, tmp_path / str(min_p), strengths=STRENGTHS, dial_min_p=min_p))
+        for min_p in (0.0, 0.9)
+    )
+    assert [plain[s] == limited[s] for s in (0.0, 0.5, 1.0, 2.0)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("min_p", [-0.1, 1.0, math.nan])
+def test_a_min_p_that_is_no_share_is_refused(min_p):
+    with pytest.raises(ConfigError, match="no share of the likeliest token's probability"):
+        GenerationSettings(dial_min_p=min_p)
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])

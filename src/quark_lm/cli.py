@@ -305,6 +305,11 @@ _FromTokenOption = Annotated[
     str | None, typer.Option(help="What the dial starts from: worst (default), or none, which token_dropout trains.")
 ]
 
+_DialMinPOption = Annotated[
+    float | None,
+    typer.Option(help="Above strength 1: only tokens with this share of the likeliest one's probability. Default: 0."),
+]
+
 
 @app.command()
 def generate(
@@ -319,6 +324,7 @@ def generate(
         typer.Option(help="The dial: worst + strength x (token - worst). 1: plain. Or NAME=strength, of an attribute."),
     ] = None,
     from_token: _FromTokenOption = None,
+    dial_min_p: _DialMinPOption = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 0.9,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 40,
@@ -348,6 +354,8 @@ def generate(
     check_from_token(from_token or "worst", model)
     if from_token == "none" and turn == 1.0:
         raise ConfigError("from_token says where the dial starts, and strength 1 turns none. Give --strength too.")
+    if dial_min_p and turn == 1.0:
+        raise ConfigError("dial_min_p limits the dial, and strength 1 turns none. Give --strength too.")
     language_model, tokenizer, tokens = load(model, **({"revision": revision} if revision is not None else {}))
     wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
     check_names(tokens, turn)
@@ -381,6 +389,7 @@ def generate(
         max_completion_length=max_completion_length,
         temperature=temperature,
         top_p=top_p,
+        dial_min_p=dial_min_p or 0.0,
         on_token=_Stream() if streams else None,
     )
     for index, completion in batches:
@@ -689,6 +698,7 @@ def evaluate(
     quantile: _QuantileOption = None,
     strength: Annotated[float | None, typer.Option(help="The dial: worst + strength x (token - worst).")] = None,
     from_token: _FromTokenOption = None,
+    dial_min_p: _DialMinPOption = None,
     attribute: _AttributeOption = None,
     num_beams: _NumBeamsOption = None,
     references: Annotated[str | None, typer.Option(help="The prompts' column with the human continuation.")] = None,
@@ -724,6 +734,7 @@ def evaluate(
         quantile=quantile,
         strengths=None if strength is None else (strength,),
         from_token=from_token,
+        dial_min_p=dial_min_p,
         attribute=attribute,
         num_beams=num_beams,
         references=references,
@@ -754,6 +765,7 @@ def dial(
     ] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Again for another. Default: 0 to 3, six.")] = None,
     from_token: _FromTokenOption = None,
+    dial_min_p: _DialMinPOption = None,
     attribute: _AttributeOption = None,
     num_beams: _NumBeamsOption = None,
     scorer: _ScorerOption = None,
@@ -785,6 +797,7 @@ def dial(
         num_generations=num_generations,
         strengths=tuple(strength) if strength else None,
         from_token=from_token,
+        dial_min_p=dial_min_p,
         attribute=attribute,
         num_beams=num_beams,
         scorers=tuple(scorer or ()),

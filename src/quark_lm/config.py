@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from .errors import ConfigError
+from .generation import check_min_p
 
 # What each preset sets; a field that the caller names wins over its preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -184,6 +185,13 @@ class QuarkConfig(TrainingArguments):
         metadata={
             "help": "The dial while exploring: logits = worst + strength x (best - worst). 1 is the paper's plain best"
             " token; 2 draws samples better than the policy's own, at two forward rows a sample."
+        },
+    )
+    dial_min_p: float = field(
+        default=0.0,
+        metadata={
+            "help": "With explore_strength above 1: draw only tokens that the prompt with its token gives at least this"
+            " share of its likeliest token's probability, so that a strong dial drifts less. 0: no limit."
         },
     )
     explore_token: str = field(
@@ -478,6 +486,12 @@ class QuarkConfig(TrainingArguments):
             )
         if not math.isfinite(self.explore_strength):
             raise ConfigError(f"explore_strength={self.explore_strength} is not a number. Set it to 1 for plain Quark.")
+        check_min_p(self.dial_min_p)
+        if self.dial_min_p and self.explore_strength <= 1:
+            raise ConfigError(
+                f"dial_min_p={self.dial_min_p} would do nothing with explore_strength={self.explore_strength}, for it"
+                " limits a dial above 1. Leave it out, or raise explore_strength."
+            )
         self._check_attributes()
         num_texts = self.num_quantiles * len(self.reward_attributes or ("",))
         if self.reward_token_texts is not None and len(self.reward_token_texts) != num_texts:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .prompts import EncodedPrompts
 
 DIAL_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-SAMPLING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k")
+SAMPLING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k", "dial_min_p")
 # what else says which completions are drawn: with --from it must be as the file has it
 _GENERATION = (
     "model",
@@ -89,6 +89,7 @@ class Request:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    dial_min_p: float | None = None
     seed: int | None = None
     references: str | None = None
     mauve: bool = False
@@ -429,6 +430,10 @@ class EvaluationRun:
         named = "from_token" if from_token == "none" else "attribute" if request.attribute is not None else None
         if named and tokens is not None and set(strengths) == {1.0}:
             raise ConfigError(f"{named} says how the dial is turned, and strength 1 turns none. Give a strength too.")
+        if settings.dial_min_p and max(strengths) <= 1:
+            raise ConfigError(
+                f"dial_min_p={settings.dial_min_p} limits a dial above 1, and none is asked for. Give a strength too."
+            )
         if from_token == "worst" and tokens is not None and quantile == 0 and set(strengths) != {1.0}:
             raise ConfigError(
                 "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"

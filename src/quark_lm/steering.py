@@ -7,6 +7,8 @@ logits = best + sum over those named of (strength - 1) x (best - the same with t
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +34,24 @@ def dial(best: torch.Tensor, contrasts: Sequence[torch.Tensor], strengths: Seque
     return mixed
 
 
+def implausible(
+    own: torch.Tensor, strengths: Sequence[torch.Tensor], min_p: float, barred: Sequence[int] = ()
+) -> torch.Tensor:
+    """Which tokens the dial may not draw: bool (B, V), or (B, V) False for a row that no dial turns above 1.
+
+    The dial multiplies a difference of log-probabilities, also between two tokens that neither prompt would be followed
+    by. So only those stay that the asked prompt gives at least min_p of its likeliest token's probability: the
+    plausibility constraint of contrastive decoding (Li et al. 2022, whose alpha is 0.1).
+
+    Args: own: logits (B, V) of the asked branch; strengths: (B, 1) of each dial; barred: ids that cannot be drawn.
+    """
+    import torch
+
+    allowed = own.index_fill(1, torch.tensor(barred, device=own.device), -torch.inf) if barred else own
+    is_turned_up = functools.reduce(torch.logical_or, [strength > 1 for strength in strengths])
+    return (own < allowed.amax(1, keepdim=True) + math.log(min_p)) & is_turned_up
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,6 +67,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    dial_min_p: float = 0.0,
     batch_rows: int | None = None,
     on_token: Callable[[int, str], None] | None = None,
 ) -> list[str]:
@@ -61,6 +82,8 @@ def generate(
             of each attribute that is turned by itself.
         from_token: "worst", or "none": the dial starts from the prompt without a token, which training with
             `token_dropout` keeps apart.
+        dial_min_p: above strength 1 only tokens that the prompt with its token gives at least this share of its
+            likeliest one's probability.
         on_token: called with (index of the prompt, its completion so far) as tokens come.
 
     Raises: ConfigError for a quantile that there is not, or a dial without two tokens; DataError for prompts that are
@@ -86,6 +109,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        dial_min_p=dial_min_p,
         batch_rows=batch_rows,
         on_token=on_token,
     )

@@ -247,6 +247,7 @@ class QuarkTrainer(Trainer):
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
+            dial_min_p=args.dial_min_p,
             barred=self.reward_tokens.barred,
         )
 

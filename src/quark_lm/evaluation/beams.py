@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..errors import ConfigError
 from ..generation import Dial, GenerationSettings, turned
 from ..policy import Head, run_body
-from ..steering import dial
+from ..steering import dial, implausible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ class BeamCompleter:
             processors = LogitsProcessorList()
             pairs = [(contrast[i], float(strengths[i])) for contrast, strengths in turns if strengths[i] != 1]
             if pairs:
-                processors.append(DialLogitsProcessor(self.model, len(prompt), pairs))
+                processors.append(DialLogitsProcessor(self.model, len(prompt), pairs, settings.dial_min_p))
             ids = torch.tensor([list(prompt)], device=self.model.device)
             output = model.generate(
                 ids,
@@ -77,10 +77,17 @@ class DialLogitsProcessor(LogitsProcessor):
     Args:
         prompt_length: of the prompt that `generate` was given.
         dials: (the ids that stand in its place in the other branch, the strength) each.
+        min_p: of `steering.implausible`.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt_length: int, dials: Sequence[tuple[Sequence[int], float]]):
-        self.model, self.head = model, Head(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt_length: int,
+        dials: Sequence[tuple[Sequence[int], float]],
+        min_p: float = 0.0,
+    ) -> None:
+        self.model, self.head, self.min_p = model, Head(model), min_p
         self.prompt_length, self.dials = prompt_length, [(list(ids), strength) for ids, strength in dials]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -92,6 +99,8 @@ class DialLogitsProcessor(LogitsProcessor):
             others.append(self.head(states).float().log_softmax(-1))
         strengths = [torch.tensor(strength, device=scores.device) for _, strength in self.dials]
         mixed = dial(scores.float(), others, strengths)
+        if self.min_p:  # what is suppressed is -inf in the scores already
+            mixed = mixed.masked_fill(implausible(scores.float(), strengths, self.min_p), -torch.inf)
         # what is suppressed stays so, also where strength 0 would make it a NaN; beams compare log-probabilities
         out: Any = mixed.masked_fill(scores.isneginf(), -torch.inf).log_softmax(-1)
         return out

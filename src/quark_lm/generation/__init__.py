@@ -23,6 +23,8 @@ class GenerationSettings:
         temperature: divides the logits; 0 takes the likeliest token.
         top_p, top_k: draw from the smallest set of tokens with probability top_p, from the k likeliest (0: all).
         barred: ids that are never drawn (the reward tokens).
+        dial_min_p: with the dial above 1, draw only tokens that the asked prompt by itself gives at least this share of
+            its likeliest token's probability; see `steering.implausible`.
     """
 
     max_completion_length: int = 20
@@ -31,6 +33,7 @@ class GenerationSettings:
     top_p: float = 1.0
     top_k: int = 0
     barred: tuple[int, ...] = ()
+    dial_min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -38,6 +41,16 @@ class GenerationSettings:
                 f"temperature={self.temperature} divides the logits into nothing that can be drawn from. Set it to a"
                 " finite number; 1 is the model as it is, 0 takes the likeliest token."
             )
+        check_min_p(self.dial_min_p)
+
+
+def check_min_p(dial_min_p: float) -> None:
+    """Raises: ConfigError for what is no share that leaves a choice."""
+    if not 0 <= dial_min_p < 1:
+        raise ConfigError(
+            f"dial_min_p={dial_min_p} is no share of the likeliest token's probability. Set it to 0 (no limit) or more"
+            " and below 1; 0.05 is a start."
+        )
 
 
 # A dial of the strength: (the prompts of its other branch, the strength, one for all or one a prompt).

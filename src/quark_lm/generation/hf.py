@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from ..errors import ModelError
 from ..policy import Head, causal_lm, run_body, word_embeddings
-from ..steering import dial
+from ..steering import dial, implausible
 from . import Dial, GenerationSettings, turned, uniforms
 
 # Rows that still gain speed when they are added, measured on two cores; a GPU takes more.
@@ -196,9 +196,12 @@ class HFCompleter:
         out = torch.full((len(batch), steps), -1, device=device)
         done = torch.zeros(len(batch), dtype=torch.bool, device=device)
         for step in range(steps):
-            logits, *contrasts = self.head(last).float().split(len(alive))
-            logits = dial(logits, contrasts, [gamma[alive] for gamma in gammas])
+            own, *contrasts = self.head(last).float().split(len(alive))
+            turned_by = [gamma[alive] for gamma in gammas]
+            logits = dial(own, contrasts, turned_by)
             barred = [*settings.barred, *(self.eos_ids if step < settings.min_completion_length else ())]
+            if settings.dial_min_p and turned_by:
+                logits = logits.masked_fill(implausible(own, turned_by, settings.dial_min_p, barred), -torch.inf)
             if barred:
                 logits[:, barred] = -torch.inf
             tokens = draw_tokens(logits, draws[alive, step], settings)  # (rows,)
