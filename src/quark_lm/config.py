@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "quantile_scope": "global",
         "num_quantiles": 5,
         "explore_strength": 1.0,
+        "dial_min_p": 0.0,
         "explore_token": "best",
         "temperature": 1.0,
         "top_p": 1.0,
