@@ -501,7 +501,8 @@ def show(console: Console, task: Task, results: dict[str, Any], folder: Path) ->
     console.print(table)
     differences = {row["system"]: row["against_base"] for row in results["systems"] if "against_base" in row}
     if "Quark" in differences:
-        told = (f"{_points(of)} by {role}" for role, of in differences["Quark"].items())
+        names = {"reward": "the reward", "independent": "the independent scorer"}
+        told = (f"{_points(differences['Quark'][role])} by {name}" for role, name in names.items())
         _print(console, f"\nQuark against the base, prompt by prompt, in points of % {task.wanted}: {', '.join(told)}.")
     if results.get("verdict"):
         _print(console, f"\nVerdict: {results['verdict']['verdict']}. {results['verdict']['text']}")
