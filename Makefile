@@ -15,7 +15,7 @@ JOBS ?= 2
 
 help:
 	@echo 'make demo    unlearn a behaviour from a real model, seven minutes or more on two cores (ARGS="--task toxicity" for another)'
-	@echo 'make test    the tests: offline, on a CPU, a short demo on the real model among them: eight minutes or more (ARGS="-k pool" for some)'
+	@echo 'make test    the tests: offline, on a CPU, a short demo on the real model among them: seven minutes or more (ARGS="-k pool" for some)'
 	@echo 'make lint    ruff and mypy (make format mends what ruff can)'
 	@echo 'make venv    only make .venv with the tested versions'
 	@echo 'make clean   remove caches and builds; .venv and runs/ stay'
