@@ -54,9 +54,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     quantile = np.full(len(chosen), tokens.best)
     if args.explore_token == "random":
         quantile = np.random.default_rng([args.seed, round, RANDOM_TOKEN]).integers(tokens.num_codes, size=len(chosen))
-    # each rank its own prompts, whose samples stay together: a reward may compare them
-    group = np.arange(len(chosen)) // args.num_generations
-    mine = np.flatnonzero(group % accelerator.num_processes == accelerator.process_index)
+    mine = own_samples(trainer, len(chosen), args.num_generations)
     prompts = trainer.prompts.select(chosen[mine].tolist())
     asked = [None if round == 0 else int(q) for q in quantile[mine]]
     strength = 1.0 if round == 0 else args.explore_strength
@@ -98,6 +96,15 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     return columns, {"tokens_per_second": sampled / max(1e-9, *(seconds for seconds, _ in parts)), **figures}
 
 
+def own_samples(trainer: QuarkTrainer, num: int, each: int) -> np.ndarray:
+    """Which of `num` samples, `each` of a prompt one after another, are this rank's: int64, rising.
+
+    A prompt's samples stay together: a reward may compare them. `gathered` puts the ranks' parts together.
+    """
+    accelerator = trainer.accelerator
+    return np.flatnonzero(np.arange(num) // each % accelerator.num_processes == accelerator.process_index)
+
+
 def held_out_columns(
     trainer: QuarkTrainer, prompts: EncodedPrompts, quantile: int | None
 ) -> tuple[dict[str, np.ndarray], list[str], list[float]]:
@@ -109,9 +116,8 @@ def held_out_columns(
     args, accelerator = trainer.args, trainer.accelerator
     each = args.num_eval_generations
     seeds = np.array(sample_seeds(args.seed, EVAL, num=len(prompts) * each))
-    group = np.arange(len(seeds)) // each
-    mine = np.flatnonzero(group % accelerator.num_processes == accelerator.process_index)
-    own = prompts.select(group[mine].tolist())
+    mine = own_samples(trainer, len(seeds), each)
+    own = prompts.select((mine // each).tolist())
     ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts")
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     values: dict[str, list[float]] = defaultdict(list)

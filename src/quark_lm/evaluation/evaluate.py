@@ -67,15 +67,14 @@ def complete_system(
 
     Each process its share of the prompts; all get the whole. Raises: what a scorer raises, in every process.
     """
-    from ..exploring import gathered
+    from ..exploring import gathered, own_samples
     from ..generation import sample_seeds
     from ..policy import completion_log_probs
 
-    processes = trainer.accelerator
-    group = np.arange(len(prompts) * num_generations) // num_generations
-    mine = np.flatnonzero(group % processes.num_processes == processes.process_index)
-    own = prompts.select(group[mine].tolist())
-    seeds = np.array(sample_seeds(seed, 17, num=len(group)))[mine].tolist()
+    num = len(prompts) * num_generations
+    mine = own_samples(trainer, num, num_generations)
+    own = prompts.select((mine // num_generations).tolist())
+    seeds = np.array(sample_seeds(seed, 17, num=num))[mine].tolist()
     barred = trainer.reward_tokens.barred
 
     def complete() -> list[list[int]]:
@@ -111,7 +110,7 @@ def complete_system(
     except QuarkError as error:
         failed = error
     trainer.fail_together(failed)
-    whole = gathered(part, processes.num_processes)
+    whole = gathered(part, trainer.accelerator.num_processes)
     scores = {name: whole[f"score/{name}"] for name in scorers}
     return Completions(system.name, prompts.texts, num_generations, whole["ids"], whole["text"], whole["nll"], scores)
 
