@@ -26,7 +26,7 @@ from datasets import Dataset
 from quark_lm import demo
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "ablations.json"
-NUM_SAMPLES, STEPS, POOL_SEED = 3072, 40, 1000
+NUM_SAMPLES, STEPS, POOL_SEED = 3072, 25, 1000
 TASK = demo.TASKS["sentiment"]
 WORDS = [" terrible", " bad", " okay", " good", " wonderful"]
 COMMON = {
@@ -65,7 +65,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "token dropout": {"token dropout 0.1": {"token_dropout": 0.1}},
     "learning rate": {"lr 2e-4": {"learning_rate": 2e-4}, "lr 1e-3": {"learning_rate": 1e-3}},
     "data": {"512 samples": {"num_samples": 512}, "1,536 samples": {"num_samples": 1536}},
-    "steps": {"80 steps": {"steps_per_round": 80}, "120 steps": {"steps_per_round": 120}},
+    "steps": {"50 steps": {"steps_per_round": 50}, "100 steps": {"steps_per_round": 100}},
+    # the AUC's own rows are then the best and worst of each prompt's samples, a harder question than the others'
+    "scope": {"quantiles of each prompt": {"quantile_scope": "prompt", "num_generations": 2}},
 }
 
 

@@ -588,6 +588,8 @@ def test_a_stream_waits_for_the_rest_of_a_character(capsys):
         (["{run}", "a", "--quantile", "none", "--strength", "2"], "strength=2.0 turns a reward token up"),
         (["{run}", "a", "--max-completion-length", "500"], "leaves no room for a prompt in the 128 tokens"),
         (["{run}", "a", "--strength", "nan"], "not a finite number"),
+        (["{run}", "a", "--dial-min-p", "0.1"], "dial_min_p=0.1 limits a dial above 1"),
+        (["{run}", "a", "--dial-min-p", "0.1", "--strength", "0.5"], "dial_min_p=0.1 limits a dial above 1"),
         (["{run}", "a", "--top-p", "0"], "top_p=0.0 is not a probability"),
         (["{run}", "a", "--temperature", "-1"], "--temperature"),
         (["{run}", "word " * 200], "tokens, but only"),

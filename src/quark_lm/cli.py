@@ -337,7 +337,7 @@ def generate(
 
     Without one where Quark did not train the model. Where no prompt is given, stdin is read, a prompt a line.
     """
-    from .evaluate_command import check_from_token
+    from .evaluate_command import check_from_token, check_limits_a_dial
     from .export import load
     from .prompts import encode
     from .reward_tokens import asked_quantile
@@ -354,8 +354,7 @@ def generate(
     check_from_token(from_token or "worst", model)
     if from_token == "none" and turn == 1.0:
         raise ConfigError("from_token says where the dial starts, and strength 1 turns none. Give --strength too.")
-    if dial_min_p and turn == 1.0:
-        raise ConfigError("dial_min_p limits the dial, and strength 1 turns none. Give --strength too.")
+    check_limits_a_dial(dial_min_p, [turn] if isinstance(turn, float) else turn.values())
     language_model, tokenizer, tokens = load(model, **({"revision": revision} if revision is not None else {}))
     wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
     check_names(tokens, turn)

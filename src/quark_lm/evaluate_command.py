@@ -19,7 +19,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -430,10 +430,7 @@ class EvaluationRun:
         named = "from_token" if from_token == "none" else "attribute" if request.attribute is not None else None
         if named and tokens is not None and set(strengths) == {1.0}:
             raise ConfigError(f"{named} says how the dial is turned, and strength 1 turns none. Give a strength too.")
-        if settings.dial_min_p and max(strengths) <= 1:
-            raise ConfigError(
-                f"dial_min_p={settings.dial_min_p} limits a dial above 1, and none is asked for. Give a strength too."
-            )
+        check_limits_a_dial(settings.dial_min_p, strengths)
         if from_token == "worst" and tokens is not None and quantile == 0 and set(strengths) != {1.0}:
             raise ConfigError(
                 "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"
@@ -594,6 +591,14 @@ def _check_sampling(settings: GenerationSettings) -> None:
         )
     if not 0 <= settings.temperature < math.inf:
         raise ConfigError(f"temperature={settings.temperature} divides the logits. Set it to 0 (greedy) or more.")
+
+
+def check_limits_a_dial(dial_min_p: float | None, strengths: Iterable[float]) -> None:
+    """Raises a ConfigError for a `dial_min_p` that would do nothing at these strengths."""
+    if dial_min_p and max(strengths) <= 1:
+        raise ConfigError(
+            f"dial_min_p={dial_min_p} limits a dial above 1, and none is asked for. Give a strength above 1 too."
+        )
 
 
 def check_from_token(from_token: str, model: str) -> None:
