@@ -25,7 +25,7 @@ import numpy as np
 from ablations import COMMON, TASK, run_trials
 
 from quark_lm import demo
-from quark_lm.evaluation.evaluate import Completions
+from quark_lm.evaluation.evaluate import Completions, measure_systems
 from quark_lm.evaluation.metrics import paired_bootstrap
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "loops.json"
@@ -126,9 +126,7 @@ def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespa
     sampling = dataclasses.replace(trainer.generation_settings, temperature=1.0, **chosen.sampling)
     systems = demo.systems(trainer.args.num_quantiles)
     wanted = [system for system in systems if system.trained or (name in VARIANTS["default"] and not system.quantile)]
-    found, samples = demo.measure_systems(
-        trainer, wanted, rewards, sampling, NUM_GENERATIONS, seed, folder / "evaluation"
-    )
+    found, samples = measure_systems(trainer, wanted, rewards, sampling, NUM_GENERATIONS, seed, folder / "evaluation")
     return {
         "rounds": [{key: round(line[key], 4) for key in KEYS if line.get(key) is not None} for line in lines],
         "systems": [

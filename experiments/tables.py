@@ -128,6 +128,8 @@ def main() -> None:
         (RESULTS / "tasks.json").write_text(json.dumps(tasks(), indent=1) + "\n")
         task_rows(tasks())
         return
+    if args.name is None:
+        parser.error("name the results, such as demo-sentiment, or give --tasks")
     files = sorted(RESULTS.glob(f"{args.name}-seed*.json"))
     runs = {path.stem.rpartition("seed")[2]: json.loads(path.read_text()) for path in files}
     runs = {seed: run[args.part] for seed, run in runs.items() if args.part in run}

@@ -262,12 +262,30 @@ def test_rewards_that_fail_are_errors_of_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("", "holds 0 completions"), ("{", "Line 1 .* is no JSON"), ('{"text": "a"}', "no text as its `completion`")],
+    [("", "holds 0 completions"), ("{", "line 1, is no JSON"), ('{"text": "a"}', "no text as its `completion`")],
 )
 def test_bad_completions_are_named_by_their_line(line, words, tmp_path):
     (tmp_path / "c.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=words):
         check(vowels, completions=tmp_path / "c.jsonl", model=None)
+
+
+def test_completions_that_are_no_utf_8_are_one_clear_line(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes('{"completion": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="Give a JSONL file in UTF-8"):
+        check(vowels, completions=tmp_path / "c.jsonl", model=None)
+
+
+def test_published_prompts_are_read_and_a_mix_with_conversations_is_refused(tmp_path):
+    rows = [{"prompt": {"text": "the cat", "toxicity": 0.1}, "completion": "ae" + "x" * i} for i in range(40)]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": (tiny_gpt2(), tiny_tokenizer(chat=True)), "tag_sets": [["x", "y"]]}
+    assert check(vowels, completions=path, **options).completions == 40
+    rows[1]["prompt"] = [{"role": "user", "content": "the cat"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="Give every prompt as text, or every prompt as messages"):
+        check(vowels, completions=path, **options)
 
 
 def test_a_completion_may_hold_any_line_break(tmp_path):

@@ -15,7 +15,7 @@ import yaml
 from tiny import tiny_gpt2, tiny_tokenizer
 from typer.main import get_command
 
-from quark_lm import cli, train_command
+from quark_lm import cli, run_folder, train_command
 from quark_lm.cli import main
 from quark_lm.config import QuarkConfig
 from quark_lm.errors import ConfigError
@@ -90,13 +90,15 @@ def files(tmp_path_factory) -> Path:
     (folder / "rewards.py").write_text(REWARDS)
     prompts = [f"the {word} is {n}" for word in ("cat", "sun", "rain") for n in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    held_out = [f"an {word} in {n}" for word in ("ant", "hour", "end") for n in range(12)]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in held_out))
     return folder
 
 
 @pytest.fixture(scope="session")
 def finished_run(files) -> Path:
     """A run of two tiny rounds that `quark train` finished."""
-    assert main(["train", *train_flags(files, files / "run", eval_prompts=str(files / "prompts.jsonl"))]) == 0
+    assert main(["train", *train_flags(files, files / "run", eval_prompts=str(files / "held_out.jsonl"))]) == 0
     return files / "run"
 
 
@@ -303,6 +305,9 @@ def test_a_wrong_yaml_is_an_error_that_names_the_field(data, words, tmp_path):
     [
         (["--confg", "run.yaml"], r"confg in the flags is no field of a run. Did you mean config\?"),
         (["--lora_alfa", "4"], "lora_alfa in the flags is no field of a run. Did you mean lora_alpha"),
+        (["--dataset_name", "a/b"], "dataset_name in the flags is no field of a run. It is prompts here"),
+        (["--attn_implementation", "sdpa"], r"Write model_init_kwargs: \{attn_implementation"),
+        (["--frobnicate", "1"], "quark train --help lists the fields"),
         (["--num_rounds", "x"], "num_rounds: invalid int value"),
         (["--num_rounds"], "num_rounds: expected one argument"),
         (["--num_rounds", "3", "4"], "'4' belongs to no field"),
@@ -334,7 +339,7 @@ def test_train_leaves_a_model_and_results_and_the_same_command_goes_on(files, fi
     rows = len(Pool.open(finished_run))
     saved = (finished_run / "model" / "model.safetensors").stat().st_mtime_ns
 
-    flags = train_flags(files, finished_run, eval_prompts=str(files / "prompts.jsonl"))
+    flags = train_flags(files, finished_run, eval_prompts=str(files / "held_out.jsonl"))
     assert main(["train", *flags]) == 0
     assert f"The model is in {finished_run / 'model'}" in capsys.readouterr().out
     assert len(Pool.open(finished_run)) == rows
@@ -365,7 +370,7 @@ def test_the_results_of_train_have_no_table_without_held_out_prompts(files, tmp_
 
 def test_the_yaml_in_the_run_folder_is_the_same_run(files, finished_run):
     own, named = read_settings(finished_run / "train.yaml", [])
-    settings = train_settings(files, finished_run, eval_prompts=str(files / "prompts.jsonl"))
+    settings = train_settings(files, finished_run, eval_prompts=str(files / "held_out.jsonl"))
     assert {**own, **named} == {**settings, "reward_funcs": [settings["reward_funcs"]]}
     assert main(["train", "--config", str(finished_run / "train.yaml")]) == 0
 
@@ -376,7 +381,12 @@ def test_an_adapter_with_new_tokens_trains_from_yaml_by_a_function_of_a_module(f
     rewards = [f"my_rewards_of_test_cli:{name}" for name in ("vowels", "consonants")]
     settings = train_settings(files, Path("out"), reward_funcs=rewards)
     settings |= {"reward_weights": [1, 0.5], "eval_reward_funcs": "my_rewards_of_test_cli:two_values"}
-    settings |= {"use_peft": True, "lora_r": 2, "reward_token_style": "embedding", "eval_prompts": settings["prompts"]}
+    settings |= {
+        "use_peft": True,
+        "lora_r": 2,
+        "reward_token_style": "embedding",
+        "eval_prompts": str(files / "held_out.jsonl"),
+    }
     settings["meaning_rows"] = 0  # so few samples tell nothing of the tokens, and that is warned of
     Path("run.yaml").write_text(yaml.safe_dump(settings))
     assert main(["train", "--config", "run.yaml"]) == 0
@@ -462,7 +472,7 @@ BAD_TRAININGS = {
     "wrong layers": ({"use_peft": True, "lora_target_modules": "q_zzz"}, "are no layers of this model"),
     "two weights for one reward": ({"reward_weights": [1, 2]}, "2 entries for 1 reward"),
     "no initial pool": ({"initial_pool": "{tmp}/none.jsonl"}, "There is no file"),
-    "a file as the run's folder": ({"output_dir": "{tmp}/empty.jsonl"}, "is a file, and a run needs a folder"),
+    "a file as the run's folder": ({"output_dir": "{tmp}/empty.jsonl"}, "is a file, and results need a folder"),
     "a folder in a file": ({"output_dir": "{tmp}/empty.jsonl/run"}, "empty.jsonl, which is a file"),
     "a tracker that is not installed": ({"report_to": "clearml"}, "report_to=clearml cannot be used ("),
     "no such tracker": ({"report_to": "paper"}, "report_to=paper: paper is not supported"),
@@ -491,7 +501,7 @@ def test_bad_input_of_train_is_one_line_and_code_2(what, files, finished_run, tm
 
 def test_a_folder_that_may_not_be_written_is_one_line_and_code_2(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "closed").mkdir()
-    monkeypatch.setattr(train_command.os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
+    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
     flags = train_flags(files, tmp_path / "closed" / "run")
     assert f"nothing may be written in {tmp_path / 'closed'}" in run_line(capsys, ["train", *flags])
 
@@ -586,7 +596,7 @@ def test_a_stream_waits_for_the_rest_of_a_character(capsys):
         (["{run}", "a", "--quantile", "3"], "quantile=3 is not best, worst, none, or 0 to 2"),
         (["{run}", "a", "--quantile", "good"], "quantile=good is not"),
         (["{run}", "a", "--quantile", "none", "--strength", "2"], "strength=2.0 turns a reward token up"),
-        (["{run}", "a", "--max-completion-length", "500"], "leaves no room for a prompt in the 128 tokens"),
+        (["{run}", "a", "--max-completion-length", "500"], "tokens too many for the model's context"),
         (["{run}", "a", "--strength", "nan"], "not a finite number"),
         (["{run}", "a", "--dial-min-p", "0.1"], "dial_min_p=0.1 limits a dial above 1"),
         (["{run}", "a", "--dial-min-p", "0.1", "--strength", "0.5"], "dial_min_p=0.1 limits a dial above 1"),
@@ -645,6 +655,11 @@ def test_check_reward_reads_own_completions_without_a_model(files, tmp_path, cap
         (["{files}/rewards.py:vowels", "--completions", "{files}/none.jsonl"], "There is no file"),
         (["{files}/rewards.py:vowels", "--reward-token-position", "last"], "reward_token_position='last'"),
         (["{files}/rewards.py:vowels", "--reward-token-texts", "one"], "fewer than two"),
+        (["{files}/rewards.py:vowels", "--reward-token-texts=one"], "fewer than two"),
+        (
+            ["{files}/rewards.py:vowels", "--prompts", "{files}/prompts.jsonl", "--completions", "{files}/none.jsonl"],
+            "Give one of the two",
+        ),
         ([], "Missing argument"),
     ],
 )

@@ -134,6 +134,11 @@ REFUSED = [
     ({"per_device_eval_batch_size": 4}, "Set generation_batch_size"),
     ({"prediction_loss_only": True}, "not run through Trainer's evaluation loop"),
     ({"include_for_metrics": ["inputs"]}, "not run through Trainer's evaluation loop"),
+    ({"draw": "best", "reward_token_style": "embedding"}, "dials away from the worst token, which draw='best' never"),
+    (
+        {"explore_token": "random", "reward_token_style": "embedding", "explore_strength": 1.0},
+        "explore_token='random' asks for tokens that draw='ends' never trains",
+    ),
     ({"eval_strategy": "epoch"}, "eval_strategy='epoch' would do nothing that eval_every does not do"),
     ({"eval_steps": 5}, "eval_steps=5 would do nothing without eval_strategy='steps'"),
     ({"eval_delay": 1}, "eval_delay=1 would do nothing without"),
@@ -260,5 +265,5 @@ def test_every_field_of_ours_says_what_it_is():
 def test_fields_that_trl_has_too_bear_its_names():
     names, theirs = ({field.name for field in dataclasses.fields(kind)} for kind in (QuarkConfig, TrainingArguments))
     expected = "num_generations max_completion_length temperature top_p top_k beta reward_weights disable_dropout"
-    expected += " log_completions num_completions_to_print model_init_kwargs"
+    expected += " log_completions num_completions_to_print model_init_kwargs chat_template_kwargs"
     assert set(expected.split()) <= names - theirs

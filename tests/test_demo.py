@@ -214,9 +214,15 @@ def test_prompts_of_which_none_is_held_out_are_refused(tiny_task, tmp_path):
         demo.make_trainer("repetition", tmp_path / "run", **options | {"prompts": str(tmp_path / "two.txt")})
 
 
+def test_with_held_out_prompts_of_the_user_s_own_all_others_are_trained_on(tiny_task, tmp_path):
+    options = {k: v for k, v in tiny_task.items() if k not in ("task", "output_dir")}
+    trainer, *_ = demo.make_trainer("repetition", tmp_path / "run", **options)
+    assert (len(trainer.prompts), len(trainer.eval_prompts)) == (36, 6)
+
+
 def test_a_file_as_the_demos_folder_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file, and a run needs a folder"):
+    with pytest.raises(ConfigError, match="is a file, and results need a folder"):
         demo.run_demo("repetition", output_dir=tmp_path / "file")
 
 
@@ -293,13 +299,13 @@ def test_a_damaged_file_of_completions_is_not_there(tmp_path):
 
     def kept(**changes):
         demo.write_json(path, {"key": key, "completions": {**dataclasses.asdict(whole), **changes}})
-        return demo._kept(path, key)
+        return evaluate._kept(path, key)
 
     assert kept().scores == whole.scores
-    assert demo._kept(path, {"seed": 1}) is None
+    assert evaluate._kept(path, {"seed": 1}) is None
     for changes in ({"completions": ["x"]}, {"nll": None}, {"scores": [1]}, {"num_generations": "2"}, {"other": 1}):
         assert kept(**changes) is None, changes
     for content in ("[" * 100_000, "[]", "3", "", json.dumps({"key": key}), json.dumps({"key": key, "completions": 1})):
         path.write_text(content)
-        assert demo._kept(path, key) is None, content[:40]
-    assert demo._kept(None, key) is None
+        assert evaluate._kept(path, key) is None, content[:40]
+    assert evaluate._kept(None, key) is None

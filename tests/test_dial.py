@@ -14,6 +14,7 @@ from rich.console import Console
 from test_evaluate import PROMPTS, generate_set, write_lines
 from test_evaluate_command import REWARDS, quiet_libraries  # noqa: F401 - a fixture
 from tiny import TINY_MODELS, tiny_gpt2, tiny_tokenizer
+from transformers import GenerationConfig
 
 from quark_lm import export
 from quark_lm.errors import ConfigError
@@ -109,6 +110,14 @@ def test_beams_under_the_dial_are_those_of_a_naive_search(asked, strength):
         assert completion == naive_beams(asked.model, best, worst, strength, barred, 3, 4)
 
 
+def test_beams_know_nothing_of_the_model_s_own_generation_config(asked, monkeypatch):
+    expected = [beams_of(asked, prompt, 1.0)[2] for prompt in PROMPTS]
+    own = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    monkeypatch.setattr(asked.model, "generation_config", own)
+    assert [beams_of(asked, prompt, 1.0)[2] for prompt in PROMPTS] == expected
+    assert asked.model.generation_config is own
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 40.0])
 def test_a_strong_dial_draws_only_what_the_best_token_finds_plausible(asked, strength):
@@ -140,10 +149,20 @@ def test_min_p_changes_a_strong_dial_and_no_other(asked, tmp_path):
     assert [plain[s] == limited[s] for s in (0.0, 0.5, 1.0, 2.0)] == [True, True, True, False]
 
 
-@pytest.mark.parametrize("min_p", [-0.1, 1.0, math.nan])
-def test_a_min_p_that_is_no_share_is_refused(min_p):
-    with pytest.raises(ConfigError, match="no share of the likeliest token's probability"):
-        GenerationSettings(dial_min_p=min_p)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *[({"dial_min_p": p}, "no share of the likeliest token's probability") for p in (-0.1, 1.0, math.nan)],
+        *[({"top_p": p}, "not a probability above 0") for p in (0.0, 1.5, math.nan)],
+        ({"top_k": -1}, "no number of tokens"),
+        ({"max_completion_length": 0}, "leaves nothing to draw"),
+        ({"max_completion_length": 4, "min_completion_length": 9}, "no completion could ever end"),
+        ({"temperature": math.inf}, "temperature=inf divides the logits"),
+    ],
+)
+def test_settings_that_draw_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerationSettings(**settings)
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])

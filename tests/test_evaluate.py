@@ -111,9 +111,25 @@ def test_prompts_that_come_again_are_taken_together_and_told_of(tmp_path):
     assert (made.prompts, made.completions) == (["a"], ["x", "y", "z"])
 
 
+def test_what_differs_between_completions_of_a_prompt_reaches_no_scorer(tmp_path):
+    rows = [{"prompt": p, "completion": c, "topic": p, "level": n} for n, (p, c) in enumerate(["ax", "ay", "bz"])]
+    rows[2]["late"] = 1
+    with pytest.warns(UserWarning, match="level differ between completions of one prompt"):
+        made = read_completions(write_lines(tmp_path / "theirs.jsonl", rows))
+    assert made.columns == {"topic": ["a", "b"], "late": [None, 1]}
+
+
+def test_prompts_without_a_completion_are_left_out_and_told_of(tmp_path):
+    rows = [{"prompt": "a", "generations": []}, {"prompt": "b", "generations": ["x"]}]
+    with pytest.warns(UserWarning, match="left out 1 prompts without a completion"):
+        made = read_completions(write_lines(tmp_path / "theirs.jsonl", rows))
+    assert (made.prompts, made.completions) == (["b"], ["x"])
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
+        ("a.jsonl", [{"prompt": p, "completion": "b", "id": i} for p, i in (("a", 1), ("b", "two"))], "id has values"),
         ("a.jsonl", [{"prompt": "a", "completion": "b"}, "{torn"], r"line 2, is no JSON"),
         ("a.jsonl", [{"prompt": "a"}], r"line 1, has no prompt with a completion or generations"),
         ("a.jsonl", ["[1]"], r"line 1, has no prompt with a completion"),
@@ -298,6 +314,13 @@ def test_scorers_are_named_as_they_were_asked_for(tmp_path):
         load_scorers(["repetition", "repetition"], {})
 
 
+def test_scorers_of_one_function_name_are_told_by_what_names_them(tmp_path):
+    specs = [f"{tmp_path}/{name}.py:short" for name in "ab"]
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text("def short(completions, **kwargs):\n    return [0.5] * len(completions)\n")
+    assert [scorer.name for scorer in load_scorers(specs, {})] == ["short", specs[1]]
+
+
 # Perplexity
 
 
@@ -364,6 +387,18 @@ def character_tokenizer():
     backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", clean_up_tokenization_spaces=False)
+
+
+@torch.no_grad()
+def test_after_an_empty_prompt_the_first_token_is_context_and_not_counted(tmp_path):
+    model, tokenizer = tiny_gpt2(), tiny_tokenizer()
+    made = a_set(["the cat sat", "a"], [0, 0], [""])
+    nll, tokens = read_by(Evaluator("e", model, tokenizer), made, tmp_path, QUIET)
+    ids = torch.tensor([tokenizer("the cat sat")["input_ids"]])
+    log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+    assert nll[0] == pytest.approx(-log_probs.gather(1, ids[0, 1:, None]).sum().item(), abs=1e-3)
+    assert tokens.tolist() == [ids.shape[1] - 1, 0]
+    assert math.isnan(nll[1])  # one token alone has no context
 
 
 def test_a_text_beyond_the_evaluator_s_reach_has_no_value(tmp_path):

@@ -25,7 +25,7 @@ from quark_lm import evaluate_command, export
 from quark_lm.demo import TASKS as DEMO_TASKS
 from quark_lm.errors import ConfigError, DataError, ModelError, QuarkError, RewardError
 from quark_lm.evaluate_command import Request, evaluate
-from quark_lm.evaluation import passes
+from quark_lm.evaluation import passes, tables
 from quark_lm.evaluation.tasks import TASKS, find_task
 from quark_lm.reward_tokens import RewardTokens
 
@@ -276,8 +276,18 @@ def test_mauve_compares_one_completion_of_each_prompt_with_its_reference(files, 
     fake = types.ModuleType("mauve")
     fake.compute_mauve, fake.__spec__ = compute_mauve, ModuleSpec("mauve", None)
     monkeypatch.setitem(sys.modules, "mauve", fake)
+    read, features = [], passes.features
+
+    def recorded(by, texts, display):
+        read.append(texts)
+        return features(by, texts, display)
+
+    monkeypatch.setattr(passes, "features", recorded)
     named = {"evaluator": str(files / "base"), "references": "continuation", "mauve": True}
     results, table = run(ask(files, tmp_path, **named))
+    of_references, of_completions = read
+    assert of_references == [f"the {word} is on the mat" for word in "abcdef"]
+    assert all(text.startswith(f"the {word} is") for word, text in zip("abcdef", of_completions, strict=True))
     assert results["mauve"] == {"mean": 0.25, "low": None, "high": None}
     assert shapes == [(6, 32)] * 2
     assert "MAUVE" in table
@@ -443,6 +453,9 @@ def test_repetition_of_others_is_counted_in_words(files, tmp_path):
         ({"temperature": -1.0}, ConfigError, "temperature=-1.0"),
         ({"temperature": math.inf}, ConfigError, "temperature=inf"),
         ({"top_p": 0.0}, ConfigError, "top_p=0.0"),
+        ({"top_k": -1}, ConfigError, "top_k=-1"),
+        ({"min_completion_length": 9}, ConfigError, "min_completion_length=9 is above max_completion_length=8"),
+        ({"revision": "v1"}, ConfigError, "is a folder, which has no revisions"),
         ({"task": "politeness"}, ConfigError, "toxicity, sentiment-positive"),
         ({"model": None}, ConfigError, "no model to generate with"),
         ({"prompts": None}, DataError, "no prompt to complete"),
@@ -463,6 +476,37 @@ def test_bad_input_is_one_line_and_leaves_no_folder(files, tmp_path, more, kind,
     assert isinstance(caught.value, QuarkError)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "load_scorers", lambda *a: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file, and results need a folder"):
+        run(ask(files, tmp_path / "file"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"holds notes.txt, which is no evaluation's"):
+        run(ask(files, tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "folder"),
+    [
+        ("evaluate", {"model": "owner/Qwen2.5-0.5B"}, "runs/evaluate-Qwen2.5-0.5B"),
+        ("evaluate", {"model": "runs/a/model", "strengths": (2.0,)}, "runs/evaluate-a-strength2"),
+        ("dial", {"model": "runs/a/checkpoint-5"}, "runs/dial-a"),
+        ("evaluate", {"from_file": "runs/evaluate-Qwen2.5/completions.parquet"}, "runs/evaluate-Qwen2.5-again"),
+        ("evaluate", {"from_file": "runs/evaluate-Qwen2.5"}, "runs/evaluate-Qwen2.5-again"),
+        ("evaluate", {"from_file": "theirs.jsonl"}, "runs/evaluate-theirs-again"),
+    ],
+)
+def test_the_default_folder_tells_what_is_measured(kind, named, folder):
+    assert evaluate_command._default_folder(kind, Request(**named), None) == folder
+
+
+def test_a_model_of_several_attributes_is_told_by_its_best_token():
+    made = {"model": "m", "reward_tokens": list("abcdefghij"), "reward_attributes": ["a", "b"], "quantile": 4}
+    assert tables._title({"made": {**made, "strengths": [1.0]}, "task": "t"}) == "t: m, best token"
 
 
 def test_the_folder_of_a_training_run_is_left_alone(files, tmp_path):

@@ -10,6 +10,7 @@ from tiny import TINY_MODELS, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from quark_lm import export, packaged
 from quark_lm.errors import ConfigError, ModelError
 from quark_lm.packaged import HUB_NAME, PACKAGED, base_name, load_model
+from quark_lm.policy import disable_dropout
 from quark_lm.reward_tokens import RewardTokens
 from quark_lm.run_folder import MARKER
 from quark_lm.steering import generate
@@ -139,6 +140,66 @@ def test_a_runs_checkpoint_is_loaded_in_the_dtype_that_it_learned_in(run, dtype,
         (tmp_path / "run" / "run.json").write_text(json.dumps({"dtype": run}))
     assert export.load(tmp_path / "run")[0].dtype == getattr(torch, dtype)
     assert export.load(tmp_path / "run", dtype="float16")[0].dtype == torch.float16  # what is asked for wins
+
+
+@pytest.mark.parametrize("recorded", ["run", "adapter", None])
+def test_a_checkpoint_s_base_is_loaded_at_the_revision_that_it_was_trained_on(recorded, tmp_path, monkeypatch):
+    model, tokenizer = saved_base("llama-tied", tmp_path / "base")
+    model.name_or_path = model.config.name_or_path = HUB_NAME
+    folder = tmp_path / "run" / "checkpoint-5"
+    adapted = with_adapter(model, RewardTokens.create(model, tokenizer, num_quantiles=2), "llama-tied")
+    adapted.peft_config["default"].revision = "v1" if recorded == "adapter" else None
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    (folder / MARKER).write_text(json.dumps({"step": 5}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"revision": "v1" if recorded == "run" else None}))
+    asked = []
+
+    def load(name, **options):
+        asked.append(options.get("revision"))
+        return load_model(str(tmp_path / "base"))
+
+    monkeypatch.setattr(export, "load_model", load)
+    export.load(tmp_path / "run")
+    assert asked == ["v1" if recorded else None]
+
+
+@torch.no_grad()
+def test_an_adapter_on_a_quantized_base_is_saved_by_itself(tmp_path):
+    """No bitsandbytes here: the base says that it is quantized, and nothing may merge into it."""
+    model, tokenizer = saved_base("llama-tied", tmp_path / "base")
+    tokens = RewardTokens.create(model, tokenizer, num_quantiles=2, style="text")
+    adapted = with_adapter(model, tokens, "llama-tied")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    adapted.get_base_model().is_quantized = True
+    assert export.on_quantized(adapted)
+    folder = export.save(adapted, tokenizer, tokens, tmp_path / "out")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    loaded, _, there = export.load(folder)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert there == tokens
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_saved_model_has_its_dropout_back(lora, tmp_path):
+    model, tokenizer = saved_base("gpt2-tied", tmp_path / "base")
+    model.config.attn_pdrop = 0.1
+    tokens = RewardTokens.create(model, tokenizer, num_quantiles=2)
+    trained = with_adapter(model, tokens, "gpt2-tied") if lora else model
+    disable_dropout(trained)
+    assert model.config.attn_pdrop == 0
+    export.save(trained, tokenizer, tokens, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["attn_pdrop"] == 0.1
+    assert model.config.attn_pdrop == 0
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    saved_base("llama-tied", tmp_path / "base")
+    with pytest.raises(ConfigError, match="is a folder, which has no revisions"):
+        export.load(tmp_path / "base", revision="v1")
 
 
 def test_a_model_tells_by_which_name_its_base_is_loaded_again(tmp_path):

@@ -111,7 +111,7 @@ def test_the_two_kl_directions_swap_their_arguments():
 
 
 def test_token_log_probs_equal_log_softmax_whatever_the_chunk(tiny_model):
-    policy = Policy(tiny_model, needs_reference=False)
+    policy = Policy(tiny_model)
     inputs = batch()
     states = completion_states(tiny_model, inputs).detach()
     expected = policy.head(states).log_softmax(1)[range(7), inputs["targets"]].detach()

@@ -95,6 +95,12 @@ def test_a_model_whose_logits_are_made_otherwise_is_refused():
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_without_a_cache_of_keys_and_values_is_refused():
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, vocab_size=64)
+    with pytest.raises(ModelError, match="MambaForCausalLM samples from a state"):
+        check_head(transformers.MambaForCausalLM(config))
+
+
 def test_checking_the_head_leaves_the_mode_as_it_was():
     model = tiny_gpt2().train()
     check_head(model)
@@ -201,17 +207,9 @@ def test_the_frozen_copy_stays_while_the_policy_learns(tiny_model):
         assert all(torch.equal(weight, before[name]) for name, weight in reference.state_dict().items())
 
 
-def test_a_policy_without_a_reference_says_so():
-    with (
-        pytest.raises(ModelError, match="without a reference"),
-        Policy(tiny_llama(), needs_reference=False).reference(),
-    ):
-        pass
-
-
 def test_evaluating_puts_the_mode_back_even_after_an_error():
     model = tiny_gpt2().train()
-    policy = Policy(model, needs_reference=False)
+    policy = Policy(model)
 
     def fails():
         with policy.evaluating():

@@ -60,6 +60,36 @@ def test_conversations_are_read_from_a_file(tmp_path):
     assert list(loaded["prompt"]) == [row["prompt"] for row in rows]
 
 
+def test_a_csv_keeps_prompts_that_look_like_missing_values_or_numbers(tmp_path):
+    for name, values in (("none.csv", ["None", "NA", "the cat"]), ("years.csv", ["1984", "2001"])):
+        loaded = load_prompts(written(tmp_path / name, "\n".join(["prompt", *values]) + "\n"))
+        assert list(loaded["prompt"]) == values
+    loaded = load_prompts(written(tmp_path / "missing.csv", "prompt,level\nNone,1\nrain,\nthe cat,3\n"))
+    assert loaded.to_dict() == {"prompt": ["None", "rain", "the cat"], "level": [1.0, None, 3.0]}
+
+
+def test_a_prompt_that_comes_again_with_another_column_stays():
+    rows = [{"prompt": "the cat", "label": label} for label in "aba"]
+    with pytest.warns(UserWarning, match="0 empty and 1 repeated of 3 prompts"):
+        made = checked(rows)
+    assert made.to_list() == rows[:2]
+
+
+def test_a_hub_s_data_set_may_be_named_with_its_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, revision):
+        asked.append((name, config, split))
+        return prompts(*TEXTS)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for source in ("owner/name", "owner/name[test]", "owner/name:part[train[:2000]]"):
+        load_prompts(source)
+    assert asked == [
+        ("owner/name", None, "train"), ("owner/name", None, "test"), ("owner/name", "part", "train[:2000]")
+    ]  # fmt: skip
+
+
 BAD_FILES = {
     "missing": ("none.jsonl", None, "There is no file .*none.jsonl"),
     "empty": ("empty.jsonl", "", "empty.jsonl is empty, so there is nothing to sample from"),

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 import quark_lm.exploring as exploring
 import quark_lm.measuring as measuring
 import quark_lm.run_folder as run_folder
+import quark_lm.trainer as trainer_module
 from quark_lm import Pool, QuarkConfig, QuarkTrainer
 from quark_lm.errors import ConfigError, RewardError
 from quark_lm.generation.hf import HFCompleter
@@ -130,6 +132,73 @@ def test_a_stop_while_held_out_prompts_are_completed_keeps_the_rounds_learning(r
     assert last_checkpoint(tmp_path)[0].name == f"checkpoint-{3 * round + 3}"
     run(tmp_path).train()
     assert equal(told(tmp_path), whole)
+
+
+def ends_with(folder, **settings):
+    """(lines of metrics.jsonl, pool, weights) of a run that is trained to its end, whatever it saves."""
+    trainer = make(folder, model=tiny_gpt2(), given=EVAL, **{**SETTINGS, **settings})
+    trainer.train()
+    lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in metrics(folder)]
+    return lines, Pool.open(folder).to_table().to_pylist(), dict(trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{"save_strategy": "steps", "save_steps": 500}, {"save_strategy": "no"}])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_stops_a_later_round_s_exploring_loses_no_step_before_it(settings, fails, tmp_path, monkeypatch):
+    expected = ends_with(tmp_path / "whole", **settings)
+    original, calls = exploring.score, []
+
+    def score(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:  # the held-out prompts of the base, round 1, the held-out prompts, round 2
+            if fails:
+                raise RewardError("the scorer is gone")
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exploring, "score", score)
+        with pytest.raises(RewardError if fails else KeyboardInterrupt):
+            ends_with(tmp_path / "run", **settings)
+    assert last_checkpoint(tmp_path / "run")[0].name == "checkpoint-3"
+    assert equal(ends_with(tmp_path / "run", **settings), expected)
+
+
+def test_a_stop_while_trainer_evaluates_within_a_round_loses_no_step(tmp_path, monkeypatch):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    expected = ends_with(tmp_path / "whole", **settings)
+    original, calls = HFCompleter.complete, []
+
+    def complete(self, prompts, *args, **kwargs):
+        if len(prompts) == 6:  # the held-out ones
+            calls.append(1)
+            if len(calls) == 2:  # the first is the base's
+                signal.raise_signal(signal.SIGINT)
+        return original(self, prompts, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFCompleter, "complete", complete)
+        with pytest.raises(KeyboardInterrupt):
+            ends_with(tmp_path / "run", **settings)
+    assert last_checkpoint(tmp_path / "run")[0].name == "checkpoint-2"
+    found = ends_with(tmp_path / "run", **settings)
+    assert equal(found[1:], expected[1:])
+
+
+def test_to_begin_anew_in_a_folder_with_samples_is_refused(tmp_path):
+    make(tmp_path).train()
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint=False begins anew, but .* holds a run's samples"):
+        make(tmp_path).train(resume_from_checkpoint=False)
+
+
+def test_a_model_that_learned_all_that_the_reward_tells_goes_on(tmp_path):
+    def solved(completions, trainer_state, **kwargs):
+        return graded(completions) if trainer_state.global_step == 0 else [1.0] * len(completions)
+
+    trainer = make(tmp_path, solved, pool_window=1)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert set(trainer.quantize().tolist()) == {-1, trainer.reward_tokens.best}
 
 
 def test_a_sample_that_was_kept_is_not_sampled_again(tmp_path, monkeypatch):
@@ -337,6 +406,23 @@ def test_another_scorer_of_the_same_name_is_another_run(tmp_path):
     make(tmp_path, "http://127.0.0.1:9/b/score").open_pool()
 
 
+def test_a_reward_function_that_is_written_otherwise_is_told_of(tmp_path):
+    def vowels(completions, **kwargs):
+        return graded(completions)
+
+    def others(completions, **kwargs):
+        return [1 - value for value in graded(completions)]
+
+    others.__name__, others.__qualname__ = "vowels", vowels.__qualname__
+    make(tmp_path, others).open_pool()  # nothing is scored yet
+    make(tmp_path, vowels).explore(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path, vowels).open_pool()
+    with pytest.warns(UserWarning, match="vowels is written otherwise than when the run in .* began"):
+        make(tmp_path, others).open_pool()
+
+
 def test_what_changes_the_weights_makes_another_run(tmp_path):
     make(tmp_path).explore(0)
     with pytest.raises(ConfigError, match=r"neftune_noise_alpha: None there, 5\.0 here"):
@@ -353,6 +439,7 @@ def worse_each_round(completions, trainer_state, **kwargs):
 
 @pytest.mark.parametrize("stop", [None, 4])
 def test_a_round_that_found_nothing_new_is_the_last_also_when_the_run_was_stopped(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_EARLY_STOP_ROWS", 2)  # these rounds are small
     settings = {"save_strategy": "epoch", "num_rounds": 4}
     if stop is not None:
         with pytest.raises(KeyboardInterrupt):
@@ -366,6 +453,10 @@ def test_a_round_that_found_nothing_new_is_the_last_also_when_the_run_was_stoppe
     on = make(tmp_path / "on", worse_each_round, early_stop=False, **settings)
     on.train()
     assert on.state.global_step == 8
+    monkeypatch.setattr(trainer_module, "_EARLY_STOP_ROWS", 10)
+    on = make(tmp_path / "small", worse_each_round, **settings)
+    on.train()
+    assert on.state.global_step == 8  # so few samples may miss the best by chance
 
 
 def test_the_best_rounds_checkpoint_stays(tmp_path):

@@ -23,9 +23,11 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
-from quark_lm import packaged
+from quark_lm import packaged, rewards
 from quark_lm.errors import ConfigError, DataError, ModelError, RewardError
 from quark_lm.evaluation.metrics import diversity
 from quark_lm.rewards import NAMED_REWARDS, load_reward
@@ -149,6 +151,17 @@ def test_a_generator_is_taken():
 
 
 # Names
+
+
+def test_without_a_run_a_function_gets_the_state_of_one_at_its_start():
+    def reads_the_step(completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    assert score([reads_the_step]).total.tolist() == [0.0] * len(COMPLETIONS)
+
+
+def test_names_that_are_taken_are_not_given_again():
+    assert RewardRunner([length_reward], taken=["length_reward", "reward"]).names == ["length_reward_2"]
 
 
 def test_names_are_trl_s():
@@ -684,6 +697,12 @@ def tiny_classifier(labels=("NEGATIVE", "NEUTRAL", "POSITIVE"), kind="gpt2", see
             max_position_embeddings=128, **small,
         )  # fmt: skip
         return LlamaForSequenceClassification(config)
+    if kind == "roberta":
+        config = RobertaConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=66, pad_token_id=1, **small,
+        )  # fmt: skip
+        return RobertaForSequenceClassification(config)
     config = BertConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -938,6 +957,29 @@ def test_a_function_is_returned_as_it_is():
     assert load_reward(length_reward, processing_class=tiny_tokenizer()) is length_reward  # unread, as in TRL
     with pytest.raises(ConfigError, match=r"takes no options\. Set label inside it"):
         load_reward(length_reward, label="x")
+
+
+def test_a_roberta_reads_as_many_tokens_as_it_has_positions_for():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token_id = 1  # as its config has it: positions are counted from there
+    reward = classifier_reward(tiny_classifier(kind="roberta"), "POSITIVE", processing_class=tokenizer)
+    [value] = reward(prompts=[""], completions=["the cat " * 100])
+    assert 0 <= value <= 1
+
+
+def test_options_are_read_as_what_they_are(monkeypatch):
+    read = {}
+    monkeypatch.setattr(rewards, "_made", lambda factory, name, options: read.update(options) or length_reward)
+    for spec, options in [
+        ("classifier(model=a/b, revision=1.0, label=2, minimize=true)",
+         {"model": "a/b", "revision": "1.0", "label": 2, "minimize": True}),
+        ("a/b(revision=none)", {"model": "a/b", "processing_class": None, "revision": None}),
+        ("http(url='http://h/score?a=1,2', cache=7)", {"url": "http://h/score?a=1,2", "cache": "7"}),
+        ("http://h:80/score(cache=a.db, timeout=5)", {"url": "http://h:80/score", "cache": "a.db", "timeout": 5}),
+    ]:  # fmt: skip
+        read.clear()
+        load_reward(spec)
+        assert read == options, spec
 
 
 def test_a_function_of_a_module_in_the_working_folder(tmp_path, monkeypatch):

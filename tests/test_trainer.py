@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import quark_lm.trainer as trainer_module
 from quark_lm import Pool, QuarkConfig, QuarkTrainer, RewardTokens
@@ -783,6 +783,95 @@ def test_held_out_prompts_are_scored_by_the_reward_and_by_others(tmp_path):
     assert told[0]["eval_length"] > 1
     assert told[0]["eval_reference_perplexity"] > 1
     assert trainer.evaluate()["eval_reward"] == told[0]["eval_reward"]  # the same samples each time
+
+
+def test_held_out_scorers_have_names_of_their_own_and_the_total_is_the_weighted_sum(tmp_path):
+    def reward(completions, **kwargs):
+        return [1.0 / (1 + len(text)) for text in completions]
+
+    def other(completions, **kwargs):
+        return [10.0] * len(completions)
+
+    given = {"eval_dataset": Dataset.from_dict({"prompt": ["a dog"]}), "eval_reward_funcs": [reward, other]}
+    trainer = make(tmp_path, reward=[reward, other], given=given, reward_weights=[1.0, 0.5])
+    assert trainer.eval_rewards.names == ["reward_2", "other_2"]
+    told = trainer.evaluate()
+    assert told["eval_reward"] == pytest.approx(told["eval_reward_2"] + 5)
+    assert told["eval_other_2"] == told["eval_other"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.* changes the weights of the model itself"),
+        ({"bias": "all"}, "bias='all' trains biases of the model itself"),
+    ],
+)
+def test_an_adapter_that_would_change_the_reference_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path, given={"peft_config": lora(**options)})
+
+
+def test_an_adapter_that_transformers_put_in_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, lora()).save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="comes with an adapter that transformers put into it"):
+        make(tmp_path / "run", model=str(tmp_path / "adapter"))
+
+
+def test_a_model_that_is_spread_over_devices_is_refused(tmp_path):
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ConfigError, match="device_map spreads the model over 2 devices"):
+        make(tmp_path, model=model)
+
+
+def test_a_whole_model_in_half_precision_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="in bfloat16 and trained as a whole: small updates vanish"):
+        make(tmp_path, model=tiny_llama().bfloat16())
+
+
+def test_settings_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="args is a TrainingArguments without Quark's settings"):
+        QuarkTrainer(tiny_llama(), graded, TrainingArguments(str(tmp_path)), Dataset.from_dict({"prompt": PROMPTS}))
+
+
+def test_settings_of_the_chat_template_go_with_the_tokenizer(tmp_path):
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template += "{% if add_generation_prompt and not thinks %}no thought {% endif %}"
+    before = tokenizer.chat_template
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]})
+    options = {"tokenizer": tokenizer, "prompts": prompts}
+    plain = make(tmp_path / "plain", **options, chat_template_kwargs={"thinks": True})
+    assert plain.prompts.texts == [f"<|user|>{prompt}<|assistant|>" for prompt in PROMPTS]
+    trainer = make(tmp_path / "run", **options, chat_template_kwargs={"thinks": False, "other": "it's"})
+    assert trainer.prompts.texts == [f"<|user|>{prompt}<|assistant|>no thought " for prompt in PROMPTS]
+    trainer.processing_class.save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert loaded.apply_chat_template(prompts[0]["prompt"], tokenize=False, add_generation_prompt=True).endswith("ght ")
+    assert tokenizer.chat_template == before  # the caller's own
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs\['a'\]=\[1\] cannot be written into a template"):
+        make(tmp_path / "bad", **options, chat_template_kwargs={"a": [1]})
+    with pytest.raises(ConfigError, match="set values for the chat template, and the tokenizer has none"):
+        make(tmp_path / "none", chat_template_kwargs={"thinks": False})
+
+
+def test_no_secret_is_written_into_the_run_folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = make(tmp_path / "run", model=str(tmp_path / "base"), model_init_kwargs={"token": "hf_SECRET"})
+    trainer.open_pool()
+    assert "token: (hidden)" in (tmp_path / "run" / "config.yaml").read_text()
+    assert not any("hf_SECRET" in path.read_text() for path in (tmp_path / "run").rglob("*.*") if path.is_file())
+
+
+def test_held_out_prompts_that_are_trained_on_are_told_of(tmp_path):
+    given = {"eval_dataset": Dataset.from_dict({"prompt": [*PROMPTS[:2], "another one"]})}
+    with pytest.warns(UserWarning, match="2 of 3 held-out prompts are trained on too"):
+        make(tmp_path, given=given)
 
 
 def test_the_meaning_of_the_tokens_is_measured_on_held_out_rows_and_a_lack_of_it_is_told(tmp_path):

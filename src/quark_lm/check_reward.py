@@ -18,9 +18,8 @@ import numpy as np
 
 from . import quantiles
 from .errors import ConfigError, DataError, RewardError
-from .files import numbered_lines, parsed
 from .packaged import PACKAGED
-from .prompts import EncodedPrompts, checked, encode, is_conversational, load_prompts
+from .prompts import EncodedPrompts, as_dataset, checked, encode, flat, is_conversational, load_prompts
 from .reward_tokens import RewardTokens, default_texts
 from .rewards.runner import RewardRunner
 
@@ -157,6 +156,8 @@ def check(
         raise ConfigError(f"num={num} completions say nothing about a reward. Set it to {2 * _FEWEST_ROWS} or more.")
     if completions is None and prompts is None:
         raise DataError("There are neither prompts nor completions, so there is nothing to score. Give one of them.")
+    if completions is not None and prompts is not None:
+        raise ConfigError("Your own completions bring their prompts, and no others are read. Give one of the two.")
     if completions is None and model is None:
         raise ConfigError("Without a model there is nobody to complete the prompts. Give a model, or completions.")
     if revision is not None and not isinstance(model, str):
@@ -233,18 +234,16 @@ def _as_completion(prompt: Any, text: str) -> Any:
 
 def _read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file of completions, each checked."""
+    from .evaluation.completions import json_lines
+
     path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"There is no file {path}. Give a JSONL file with a completion a line.")
     rows = []
-    for number, line in numbered_lines(path):
-        try:
-            row = parsed(line)
-        except ValueError as error:
-            raise DataError(f"Line {number} of {path} is no JSON ({error}). Write one JSON object a line.") from error
+    for number, row in json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
             raise DataError(f'Line {number} of {path} has no text as its `completion`. Write {{"completion": "..."}}.')
-        rows.append(row)
+        rows.append({**row, "prompt": flat(row["prompt"])} if "prompt" in row else row)
     if len(rows) < 2 * _FEWEST_ROWS:
         raise DataError(f"{path} holds {len(rows)} completions, too few to judge. Give {2 * _FEWEST_ROWS} or more.")
     return rows
@@ -263,10 +262,8 @@ def _as_samples(rows: list[dict[str, Any]], trial: _Trial | None) -> _Samples:
         if with_prompts:
             prompts = EncodedPrompts([row["prompt"] for row in rows], [], [], [])
         return _Samples(texts, ids, prompts, columns)
-    from datasets import Dataset
-
     ids = [list(trial.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    prompts = trial.encode(Dataset.from_list([{"prompt": row["prompt"]} for row in rows])) if with_prompts else None
+    prompts = trial.encode(as_dataset([row["prompt"] for row in rows], "completions")) if with_prompts else None
     return _Samples(texts, ids, prompts, columns)
 
 
@@ -345,7 +342,7 @@ class _Trial:
         dtype: Any,
         revision: str | None = None,
     ) -> None:
-        from .export import load
+        from .export import load, to_device
         from .generation import GenerationSettings
         from .generation.hf import HFCompleter
         from .policy import check_head
@@ -359,6 +356,7 @@ class _Trial:
         else:
             self.model, self.tokenizer = model
         check_head(self.model)
+        to_device(self.model)
         self.position, self.seed = position, seed
         self.settings = GenerationSettings(max_completion_length=max_completion_length, temperature=temperature)
         self.completer = HFCompleter(self.model, eos_ids(self.model, self.tokenizer))

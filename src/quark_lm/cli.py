@@ -34,6 +34,7 @@ app = typer.Typer(
     name="quark",
     help="Unlearn an unwanted behaviour from a causal language model, given a reward function.",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # plain help: rich takes a third of the time that --help may take
     epilog="Every command: quark COMMAND --help. --debug anywhere shows the whole error.",
 )
@@ -327,6 +328,7 @@ def generate(
     dial_min_p: _DialMinPOption = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 0.9,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")] = 0,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 40,
     num_generations: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same completions.")] = 0,
@@ -338,8 +340,7 @@ def generate(
     Without one where Quark did not train the model. Where no prompt is given, stdin is read, a prompt a line.
     """
     from .evaluate_command import check_from_token, check_limits_a_dial
-    from .export import load
-    from .prompts import encode
+    from .export import load, to_device
     from .reward_tokens import asked_quantile
     from .steering import check_names, generate_batches
 
@@ -356,24 +357,11 @@ def generate(
         raise ConfigError("from_token says where the dial starts, and strength 1 turns none. Give --strength too.")
     check_limits_a_dial(dial_min_p, [turn] if isinstance(turn, float) else turn.values())
     language_model, tokenizer, tokens = load(model, **({"revision": revision} if revision is not None else {}))
+    to_device(language_model)
     wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
     check_names(tokens, turn)
-    # generate itself would only fail deep inside the model
-    context = int(getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
-    most = context - (tokens.longest if tokens is not None else 0)
-    room = most - max_completion_length
-    if room < 1:
-        raise ConfigError(
-            f"max_completion_length={max_completion_length} leaves no room for a prompt in the {context} tokens that"
-            f" the model reads. Set it well below {most}."
-        )
-    from datasets import Dataset
-
-    encode(Dataset.from_dict({"prompt": asked}), tokenizer, max_length=room)
     repeated = [prompt for prompt in asked for _ in range(num_generations)]
     streams = len(repeated) == 1 and not as_json and sys.stdout.isatty()
-    if streams:
-        print(_shown_prompt(repeated[0]), end="", flush=True)
     done: dict[int, str] = {}
     following = 0
     batches = generate_batches(
@@ -388,9 +376,12 @@ def generate(
         max_completion_length=max_completion_length,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         dial_min_p=dial_min_p or 0.0,
         on_token=_Stream() if streams else None,
     )
+    if streams:
+        print(_shown_prompt(repeated[0]), end="", flush=True)
     for index, completion in batches:
         done[index] = completion
         while following in done:  # batches come by length, the output in the order of the prompts
@@ -472,14 +463,15 @@ def _grouped(args: list[str]) -> list[str]:
     out: list[str] = []
     position = 0
     while position < len(args):
-        if args[position].replace("_", "-") != "--reward-token-texts":
+        name, equals, text = args[position].partition("=")
+        if name.replace("_", "-") != "--reward-token-texts":
             out.append(args[position])
             position += 1
             continue
         end = position + 1
         while end < len(args) and not args[end].startswith("--"):
             end += 1
-        texts = [text.replace("\\n", "\n") for text in args[position + 1 : end]]
+        texts = [text.replace("\\n", "\n") for text in [text][: len(equals)] + args[position + 1 : end]]
         out += ["--reward-token-texts", json.dumps(texts)]
         position = end
     return out
@@ -676,6 +668,7 @@ _MostTokensOption = Annotated[int | None, typer.Option(min=1, help="Most tokens 
 _LeastTokensOption = Annotated[int | None, typer.Option(min=0, help="Tokens before a completion may end.")]
 _TemperatureOption = Annotated[float | None, typer.Option(min=0.0, help="Divides the logits; 0 is greedy. Default: 1.")]
 _TopPOption = Annotated[float | None, typer.Option(help="Draw from the smallest set with this probability.")]
+_TopKOption = Annotated[int | None, typer.Option(min=0, help="Draw from the k likeliest. Default: 0, from all.")]
 _SeedOption = Annotated[int | None, typer.Option(min=0, help="Of the draws and the intervals. Default: 0.")]
 _RevisionOption = Annotated[str | None, typer.Option(help="Of a model on the hub.")]
 _OutputOption = Annotated[str | None, typer.Option(help="The folder of the results.")]
@@ -706,6 +699,7 @@ def evaluate(
     min_completion_length: _LeastTokensOption = None,
     temperature: _TemperatureOption = None,
     top_p: _TopPOption = None,
+    top_k: _TopKOption = None,
     seed: _SeedOption = None,
     revision: _RevisionOption = None,
     evaluator_revision: _RevisionOption = None,
@@ -742,6 +736,7 @@ def evaluate(
         min_completion_length=min_completion_length,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
         revision=revision,
         evaluator_revision=evaluator_revision,
@@ -774,6 +769,7 @@ def dial(
     min_completion_length: _LeastTokensOption = None,
     temperature: _TemperatureOption = None,
     top_p: _TopPOption = None,
+    top_k: _TopKOption = None,
     seed: _SeedOption = None,
     revision: _RevisionOption = None,
     evaluator_revision: _RevisionOption = None,
@@ -806,6 +802,7 @@ def dial(
         min_completion_length=min_completion_length,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
         revision=revision,
         evaluator_revision=evaluator_revision,

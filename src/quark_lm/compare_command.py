@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import ConfigError, DataError
-from .evaluate_command import SAMPLING, read_json
+from .evaluate_command import read_json
+from .generation import DRAWING
 from .run_folder import finite
 from .shown import printable
 
@@ -218,9 +219,9 @@ def _unlike(first: _Evaluated, second: _Evaluated) -> list[str]:
     notes = []
     made = [one.results["made"] for one in (first, second)]
     for one, of in zip((first, second), made, strict=True):
-        if not any(name in of for name in SAMPLING):
+        if not any(name in of for name in DRAWING):
             notes.append(f"{one.folder} does not say how its completions were sampled.")
-    for name in (*SAMPLING, "num_beams"):
+    for name in (*DRAWING, "num_beams"):
         if all(name in of for of in made) and made[0][name] != made[1][name]:
             notes.append(f"They were not sampled alike: {name} is {made[0][name]} and {made[1][name]}.")
     return notes

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from .errors import ConfigError
-from .generation import check_min_p
+from .generation import DRAWING, GenerationSettings
 
 # What each preset sets; a field that the caller names wins over its preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -366,6 +366,13 @@ class QuarkConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained when the model is given by its name."}
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Values for the chat template, such as {enable_thinking: false}. They become part of the"
+            " tokenizer's template, so that whatever loads the model asks it as it was trained."
+        },
+    )
     log_completions: bool = field(default=False, metadata={"help": "Show a few completions of each round."})
     num_completions_to_print: int = field(default=4, metadata={"help": "How many of them."})
 
@@ -403,6 +410,7 @@ class QuarkConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "chat_template_kwargs",
     ]
 
     def __post_init__(self) -> None:
@@ -471,23 +479,14 @@ class QuarkConfig(TrainingArguments):
                 raise ConfigError(
                     f"{name}={value} is below {least}, where it has no meaning. Set it to {least} or more."
                 )
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(
-                f"top_p={self.top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter)."
-            )
+        GenerationSettings(**{name: getattr(self, name) for name in DRAWING})  # which checks them
         for name in ("token_dropout", "heldout_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a share. Set it to 0 or more and below 1.")
         if not 0.0 <= self.max_failed_rewards <= 1.0:
             raise ConfigError(f"max_failed_rewards={self.max_failed_rewards} is not a share. Set it from 0 to 1.")
-        if self.min_completion_length > self.max_completion_length:
-            raise ConfigError(
-                f"min_completion_length={self.min_completion_length} is above max_completion_length="
-                f"{self.max_completion_length}, so no completion could ever end. Lower it."
-            )
         if not math.isfinite(self.explore_strength):
             raise ConfigError(f"explore_strength={self.explore_strength} is not a number. Set it to 1 for plain Quark.")
-        check_min_p(self.dial_min_p)
         if self.dial_min_p and self.explore_strength <= 1:
             raise ConfigError(
                 f"dial_min_p={self.dial_min_p} would do nothing with explore_strength={self.explore_strength}, for it"
@@ -501,6 +500,16 @@ class QuarkConfig(TrainingArguments):
                 f"reward_token_texts has {len(self.reward_token_texts)} texts, but num_quantiles={self.num_quantiles}:"
                 f" each quantile{each} needs one. Give one text a quantile, the worst first."
             )
+        if self.reward_token_style == "embedding":  # a text tag means something before any step; a new token nothing
+            if self.draw == "best" and self.explore_strength != 1:
+                raise ConfigError(
+                    f"explore_strength={self.explore_strength} dials away from the worst token, which draw='best' never"
+                    " trains. Set explore_strength=1, or another draw."
+                )
+            if self.draw in ("ends", "best") and self.explore_token == "random":
+                raise ConfigError(
+                    f"explore_token='random' asks for tokens that draw={self.draw!r} never trains. Set draw='all'."
+                )
         if self.quantile_scope == "prompt" and self.num_generations < 2:
             raise ConfigError(
                 f"quantile_scope='prompt' ranks a prompt's own samples, but num_generations={self.num_generations}"
@@ -600,6 +609,11 @@ class QuarkConfig(TrainingArguments):
             raise ConfigError(
                 "push_to_hub=True would publish the whole run folder, the pool with every prompt and completion too."
                 " Publish the model alone when the run is done: hf upload OWNER/NAME RUN/model."
+            )
+        if self.full_determinism and self.device.type == "cuda":
+            raise ConfigError(
+                "full_determinism=True lets torch refuse the running sums on a GPU by which tokens are drawn. Leave it"
+                " False: a sample's random numbers depend on its seed alone."
             )
         if self.dataloader_num_workers or self.dataloader_persistent_workers:
             raise ConfigError(

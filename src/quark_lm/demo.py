@@ -12,8 +12,7 @@ import shlex
 import time
 import warnings
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,18 +24,14 @@ from rich.table import Table
 
 from . import export
 from .errors import ConfigError, DataError
-from .files import parsed
 from .packaged import base_name
 from .progress import make_console
-from .run_folder import begun_dtype, environment, finite, write_json
+from .run_folder import begun_dtype, check_folder, environment, finite, write_json
 from .shown import printable
-from .train_command import check_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .evaluation.evaluate import Completions, System
-    from .generation import GenerationSettings
     from .trainer import QuarkTrainer
 
 
@@ -185,7 +180,8 @@ def run_demo(
         options: of `make_trainer`.
     """
     console = console or make_console()
-    folder = Path(output_dir or f"runs/demo-{task}{'-short' if short else ''}{f'-seed{seed}' if seed else ''}")
+    default = f"runs/demo-{task}{'-short' if short else ''}{f'-seed{seed}' if seed else ''}"
+    folder = Path(output_dir or default).expanduser()
     check_folder(folder)
     _print(console, "loading the model and the scorers ...")
     trainer, chosen, rewards = make_trainer(task, folder, seed=seed, short=short, **options)
@@ -250,9 +246,7 @@ def make_trainer(
         raise ConfigError(f"There is no demo task {task!r}. Choose one of {', '.join(TASKS)}.")
     chosen = TASKS[task]
     all_prompts = load_prompts(prompts) if prompts else demo_prompts(task)
-    train, held_out = split_held_out(all_prompts)
-    if eval_prompts:
-        held_out = load_prompts(eval_prompts)
+    train, held_out = (all_prompts, load_prompts(eval_prompts)) if eval_prompts else split_held_out(all_prompts)
     if not len(train) or not len(held_out):
         what = "held out" if len(train) else "trained on"
         raise DataError(
@@ -332,7 +326,7 @@ def measure(
 
     A system that was measured before a stop is not measured again.
     """
-    from .evaluation.evaluate import wanted_against
+    from .evaluation.evaluate import measure_systems, scorer_facts, wanted_against
     from .generation import GenerationSettings
 
     settings = GenerationSettings(barred=trainer.reward_tokens.barred, **task.sampling)
@@ -363,104 +357,6 @@ def measure(
         "settings": {name: getattr(trainer.args, name) for name in _TOLD},
         "environment": environment(),
     }
-
-
-def measure_systems(
-    trainer: QuarkTrainer,
-    systems: list[System],
-    scorers: dict[str, Callable[..., Any]],
-    settings: GenerationSettings,
-    num_generations: int,
-    seed: int,
-    folder: Path | None = None,
-) -> tuple[list[dict[str, Any]], list[Completions]]:
-    """(each system's figures, its completions) on the trainer's held-out prompts.
-
-    Args:
-        scorers: by the name that the figures get; which values it wants tells only one that has `wanted`.
-        folder: keeps the completions, so that a stopped call does not measure a system again. None: keeps nothing.
-    """
-    from .evaluation.evaluate import complete_system, figures
-
-    assert trainer.eval_prompts is not None
-    called = {name: _called(function) for name, function in scorers.items()}
-    wanted = {name: getattr(function, "wanted", _nobody_knows) for name, function in scorers.items()}
-    rows, samples = [], []
-    for number, system in enumerate(systems):
-        key = {
-            "prompts": zlib.crc32(json.dumps(trainer.eval_prompts.texts).encode()),
-            "num_generations": num_generations,
-            "sampling": asdict(settings),
-            "seed": seed,
-            "scorers": {name: scorer_facts(name, function) for name, function in scorers.items()},
-            "system": asdict(system),
-            "step": trainer.state.global_step if system.trained else None,
-            "model": base_name(trainer.model),
-        }
-        path = folder / f"{number}.json" if folder is not None else None
-        result = _kept(path, key)
-        if result is None:
-            result = complete_system(trainer, system, trainer.eval_prompts, called, settings, num_generations, seed)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"key": key, "completions": asdict(result)})
-        row = figures(result, wanted, seed)
-        for name, function in scorers.items():
-            if not hasattr(function, "wanted"):
-                row[name].pop("wanted", None)
-        rows.append(row)
-        samples.append(result)
-    return rows, samples
-
-
-def scorer_facts(name: str, function: Any) -> dict[str, Any]:
-    """What results tell of a scorer: its name and version, which of a user's own function is that of its file."""
-    from .evaluation.passes import Scorer
-
-    return {"name": getattr(function, "scorer_name", name), "version": Scorer(name, name, function).version}
-
-
-def _kept(path: Path | None, key: dict[str, Any]) -> Completions | None:
-    """The completions of this file, when they are those of the key."""
-    from .evaluation.evaluate import Completions
-
-    if path is None:
-        return None
-    try:
-        kept = parsed(path.read_bytes())
-        if kept["key"] != json.loads(json.dumps(key)):
-            return None
-        result = Completions(**kept["completions"])
-        result.nll = [math.nan if value is None else float(value) for value in result.nll]  # JSON has no NaN
-        columns: list[list[Any]] = [result.completions, result.completion_ids, result.nll, *result.scores.values()]
-        is_whole = {len(result.prompts) * result.num_generations} == set(map(len, columns))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):  # a damaged file
-        return None
-    return result if is_whole else None
-
-
-def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:
-    """The reward function called as in training: with checks, and a conversation's completions as messages."""
-    from .prompts import is_conversational
-    from .rewards.runner import RewardRunner
-
-    runner = RewardRunner([function])
-
-    def scorer(
-        prompts: list[Any], completions: list[str], completion_ids: list[list[int]], trainer_state: Any, **columns: Any
-    ) -> list[float | None]:
-        as_sent = [
-            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
-        [values] = runner.score(prompts, as_sent, completion_ids, columns, trainer_state).per_function.values()
-        return [None if math.isnan(value) else value for value in values.tolist()]
-
-    return scorer
-
-
-def _nobody_knows(values: Any) -> list[bool]:
-    return [False] * len(values)
 
 
 _TOLD = (

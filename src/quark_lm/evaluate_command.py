@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
@@ -28,11 +27,11 @@ from rich.console import Console
 
 from . import __version__
 from .errors import ConfigError, DataError
-from .files import first_line, parsed
-from .generation import GenerationSettings, check_strength
+from .files import first_line, parsed, sha256
+from .generation import DRAWING, GenerationSettings, check_strength
 from .progress import Display
 from .reward_tokens import asked_quantile
-from .run_folder import disk_errors, environment, finite, locked, write_json
+from .run_folder import check_folder, disk_errors, environment, finite, locked, write_json
 
 if TYPE_CHECKING:
     from .evaluation.completions import CompletionSet
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from .prompts import EncodedPrompts
 
 DIAL_STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-SAMPLING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k", "dial_min_p")
 # what else says which completions are drawn: with --from it must be as the file has it
 _GENERATION = (
     "model",
@@ -171,6 +169,8 @@ class EvaluationRun:
             raise ConfigError(
                 "--mauve needs the package mauve-text, which is not installed. pip install 'quark-lm[mauve]'"
             )
+        folder = Path(request.output_dir or _default_folder(kind, request, task)).expanduser()
+        _check_own(folder)
         own = dict(task.scorers) if task else {}
         foreign = None
         if request.from_file is not None:
@@ -179,7 +179,6 @@ class EvaluationRun:
             own.pop("reward")  # it counts token ids, which are not known
         specs = list(request.scorers) or list(own.values())
         scorers = load_scorers(specs, {spec: role for role, spec in own.items()})
-        folder = Path(request.output_dir or _default_folder(kind, request, task))
         run = cls(
             kind,
             request,
@@ -228,9 +227,7 @@ class EvaluationRun:
         """Holds the folder for this evaluation. Raises: ConfigError when it is another's, naming what differs."""
         path = self.folder / "evaluation.json"
         identity = json.loads(json.dumps(self._identity()))
-        if not path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
-            name = sorted(entry.name for entry in self.folder.iterdir())[0]
-            raise ConfigError(f"{self.folder} holds {name}, which is no evaluation's. Choose an empty --output-dir.")
+        _check_own(self.folder)
         with locked(self.folder), disk_errors(self.folder):
             there = read_json(path) if path.is_file() else identity
             differing = [key for key in identity if there.get(key) != identity[key]]
@@ -294,6 +291,7 @@ class EvaluationRun:
     def measure(self) -> None:
         """Generates, scores and reads, from where an earlier call stopped."""
         from .evaluation.passes import generate, read_by, score
+        from .export import to_device
 
         path = self.folder / "completions.parquet"
         parts = self.folder / "parts"
@@ -321,7 +319,7 @@ class EvaluationRun:
                 done.scores[scorer.name] = score(done, scorer, parts, self.display)
         done.scores = {scorer.name: done.scores[scorer.name] for scorer in self.scorers}  # in the order of the tables
         if self.evaluator is not None and done.nll is None:
-            _to_device(self.evaluator.model)
+            to_device(self.evaluator.model)
             done.nll, done.nll_tokens = read_by(self.evaluator, done, parts, self.display)
         done.facts |= {
             "scorers": {scorer.name: scorer.facts() for scorer in self.scorers},
@@ -331,8 +329,9 @@ class EvaluationRun:
     def references(self) -> dict[str, Any]:
         """What is measured against human continuations, when they are named."""
         from .evaluation import metrics
-        from .evaluation.passes import features, follow
+        from .evaluation.passes import after, features, follow
         from .evaluation.summary import reference_figures
+        from .export import to_device
 
         done = self.completions
         texts = _reference_texts(self.request.references, done.columns)
@@ -344,10 +343,10 @@ class EvaluationRun:
             followed = follow(self.asked, self.prompts, texts, length, self.folder / "parts", self.display)
             out["references"] = reference_figures(*followed, self.seed)
         if self.request.mauve and self.evaluator is not None:
-            _to_device(self.evaluator.model)
+            to_device(self.evaluator.model)
             firsts = [group[0] for group in done.groups()]
             pairs = zip(done.texts, (done.completions[i] for i in firsts), texts, strict=True)
-            wholes = [(prompt + completion, prompt + text) for prompt, completion, text in pairs]
+            wholes = [(prompt + completion, prompt + after(prompt, text)) for prompt, completion, text in pairs]
             theirs, ours = (features(self.evaluator, [w[k] for w in wholes], self.display) for k in (1, 0))
             value = metrics.mauve(ours, theirs, seed=self.seed)
             out["mauve"] = {"mean": value, "low": None, "high": None}  # of two sets: it has no value a prompt
@@ -381,7 +380,7 @@ class EvaluationRun:
         """Loads the model and the prompts; sets asked, prompts, settings, made."""
         from .evaluation.passes import Asked, tokenizer_digest, weights_digest
         from .evaluation.tasks import PAPER_SAMPLING
-        from .export import load
+        from .export import load, to_device
         from .packaged import PACKAGED, fastest_dtype, hub_commit
         from .policy import check_head
         from .prompts import encode
@@ -393,12 +392,11 @@ class EvaluationRun:
         dataset, prompts_name = _prompts(request, self.task)
         _reference_texts(request.references, {name: dataset[name] for name in dataset.column_names})
         sampling = {**PAPER_SAMPLING, **(self.task.sampling if self.task else {})}
-        sampling |= {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+        sampling |= {name: value for name in DRAWING if (value := getattr(request, name)) is not None}
         num_beams = request.num_beams or 1
         if num_beams > 1:
             sampling |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
         self.settings = settings = GenerationSettings(**sampling)
-        _check_sampling(settings)
         draws = settings.temperature > 0
         default = (self.task.num_generations if self.task else 25) if self.kind == "evaluate" else 4
         num_generations = request.num_generations or (default if draws else 1)
@@ -422,7 +420,7 @@ class EvaluationRun:
                 f"{request.model} was not trained by Quark, so it has no reward tokens to dial between. Give the folder"
                 " of a run."
             )
-        _to_device(model)
+        to_device(model)
         strengths = request.strengths if request.strengths is not None else (1.0,)
         quantile = asked_quantile(request.quantile or "best", tokens, strengths, request.model)
         from_token = request.from_token or "worst"
@@ -465,7 +463,7 @@ class EvaluationRun:
             "num_prompts": len(self.prompts),
             "num_generations": num_generations,
             "num_beams": num_beams,
-            **{name: getattr(settings, name) for name in SAMPLING},
+            **{name: getattr(settings, name) for name in DRAWING},
             "seed": self.seed,
         }
 
@@ -504,14 +502,14 @@ class EvaluationRun:
 
 def _read_source(request: Request) -> CompletionSet:
     """The completions of --from. Raises: ConfigError when an option asks for other ones than the file holds."""
-    from .evaluation.completions import file_digest, read_completions
+    from .evaluation.completions import read_completions
     from .evaluation.tables import shown
 
     assert request.from_file is not None
     path = Path(request.from_file).expanduser()
     source = read_completions(path)
     path = path / "completions.parquet" if path.is_dir() else path
-    named = {name: getattr(request, name) for name in (*_GENERATION, *SAMPLING) if getattr(request, name) is not None}
+    named = {name: getattr(request, name) for name in (*_GENERATION, *DRAWING) if getattr(request, name) is not None}
     made = source.facts.get("made")
     if made is None:
         if named:
@@ -520,7 +518,7 @@ def _read_source(request: Request) -> CompletionSet:
                 f"{path} does not say how its completions were made, so {name}={shown(value)} changes nothing and"
                 " cannot be checked. Leave it out."
             )
-        source.facts = {"made": {"file": path.name, "file_digest": file_digest(path)}}
+        source.facts = {"made": {"file": path.name, "file_digest": sha256(path)[:12]}}
         return source
     strengths = made.get("strengths") or [1.0]  # others' completions, scored before, name none
     if not isinstance(strengths, list) or len(strengths) > 1:
@@ -584,15 +582,6 @@ def _load_evaluator(request: Request, asked: Asked | None) -> Evaluator | None:
     return Evaluator(_name(request.evaluator), model, tokenizer, tokens)
 
 
-def _check_sampling(settings: GenerationSettings) -> None:
-    if not 0 < settings.top_p <= 1:
-        raise ConfigError(
-            f"top_p={settings.top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter)."
-        )
-    if not 0 <= settings.temperature < math.inf:
-        raise ConfigError(f"temperature={settings.temperature} divides the logits. Set it to 0 (greedy) or more.")
-
-
 def check_limits_a_dial(dial_min_p: float | None, strengths: Iterable[float]) -> None:
     """Raises a ConfigError for a `dial_min_p` that would do nothing at these strengths."""
     if dial_min_p and max(strengths) <= 1:
@@ -643,9 +632,22 @@ def _reference_texts(column: str | None, columns: dict[str, Any]) -> list[str] |
     return texts
 
 
+def _check_own(folder: Path) -> None:
+    """Raises: ConfigError for a folder that cannot be written, or holds what is no evaluation's."""
+    check_folder(folder)
+    if not (folder / "evaluation.json").is_file() and folder.is_dir() and any(folder.iterdir()):
+        name = sorted(entry.name for entry in folder.iterdir())[0]
+        raise ConfigError(f"{folder} holds {name}, which is no evaluation's. Choose an empty --output-dir.")
+
+
 def _default_folder(kind: str, request: Request, task: EvaluationTask | None) -> str:
     source = Path(request.from_file or request.model or "none")
-    name = source.parent.name if source.stem == "completions" else source.stem if request.from_file else source.name
+    if source.suffix in (".parquet", ".jsonl"):
+        source = source.with_suffix("")
+    # a run's own parts are told by the run's name
+    is_part = source.name in ("completions", "model") or source.name.startswith("checkpoint-")
+    name = (source.parent if is_part and source.parent.name else source).name
+    name = name.removeprefix("evaluate-") if request.from_file else name
     parts = [kind, name, "again" if request.from_file else "", task.name if task else ""]
     if request.quantile not in (None, "best"):
         parts.append(str(request.quantile))
@@ -673,13 +675,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, how: str) -> DataError:
     return DataError(f"{path} is damaged ({how}). Delete it, or choose another --output-dir.")
-
-
-def _to_device(model: Any) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        model.to("cuda")
 
 
 def _name(source: str) -> str:

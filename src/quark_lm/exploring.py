@@ -160,7 +160,7 @@ def _held_out_scores(
             f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
             " nothing to compare. Mend it and give the same command again."
         )
-    values = {"reward": batch.total, **batch.per_function}
+    values = {**batch.per_function, "reward": batch.total}  # a function of that name may be one of several
     if trainer.eval_rewards:
         values |= score(trainer, trainer.eval_rewards, prompts, texts, ids).per_function
     return values
@@ -169,7 +169,7 @@ def _held_out_scores(
 def _chunk(trainer: QuarkTrainer, each: int | None = None) -> int:
     """Completions that the rewards get at once: whole groups of one prompt's, `each` of them."""
     each = each or trainer.args.num_generations
-    rows = getattr(trainer.args, "reward_batch_size", None) or _REWARD_ROWS
+    rows = trainer.args.reward_batch_size or _REWARD_ROWS
     return max(1, rows // each) * each
 
 
@@ -322,9 +322,10 @@ class InitialPool:
             raise DataError("initial_pool: no completion has a token, so round 0 would be empty. Give texts.")
         if len(full) < len(ids):
             warnings.warn(f"initial_pool: left out {len(ids) - len(full)} completions without a token.", stacklevel=2)
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(eos), None)
         for i in full:
             if len(ids[i]) < max_completion_length and eos and ids[i][-1] not in eos:
-                ids[i].append(eos[0])
+                ids[i].append(end)
             if len(encoded.ids[i]) + len(ids[i]) > room + max_completion_length:
                 raise DataError(
                     f"initial_pool: the prompt and the completion of row {i} have {len(encoded.ids[i]) + len(ids[i])}"

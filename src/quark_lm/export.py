@@ -19,7 +19,7 @@ from .errors import ConfigError, ModelError
 from .files import first_line, parsed
 from .packaged import HUB_NAME, PACKAGED, load_model, packaged_file
 from .reward_tokens import FILE_NAME, RewardTokens
-from .run_folder import MARKER, begun_dtype, last_checkpoint, refusal
+from .run_folder import MARKER, begun_dtype, begun_revision, last_checkpoint, refusal
 from .shown import markdown, printable
 
 if TYPE_CHECKING:
@@ -54,13 +54,17 @@ def save(
     New reward tokens stand in the generation config's `suppress_tokens`, so that plain `generate` never draws one.
 
     Args:
-        model: as it was trained; an adapter is merged in float32 on a copy, which then gets the base's dtype.
+        model: as it was trained; an adapter is merged in float32 on a copy, which then gets the base's dtype. On a
+            quantized base (QLoRA), which cannot take it in, the adapter is saved by itself.
         card: what the model card may tell, see `model_card`: the run's results.
     Raises: ModelError when the disk refuses it.
     """
+    from .policy import causal_lm, own_dropout
+
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    plain = _merged(copy.deepcopy(model)) if hasattr(model, "peft_config") else model
+    merges = hasattr(model, "peft_config") and not on_quantized(model)
+    plain = _merged(copy.deepcopy(model)) if merges else model
     generation_config = copy.deepcopy(plain.generation_config)
     if reward_tokens.barred:
         barred = {*(generation_config.suppress_tokens or ()), *reward_tokens.barred}
@@ -68,7 +72,8 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        plain.save_pretrained(partial)
+        with own_dropout(causal_lm(plain)):
+            plain.save_pretrained(partial)
         generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         reward_tokens.save(partial)
@@ -86,6 +91,19 @@ def save(
     return folder
 
 
+def on_quantized(model: Any) -> bool:
+    """Whether a model is an adapter on weights of a few bits."""
+    return hasattr(model, "peft_config") and bool(getattr(model.get_base_model(), "is_quantized", False))
+
+
+def to_device(model: Any) -> None:
+    """Moves a loaded model to the GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        model.to("cuda")
+
+
 def load(name: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RewardTokens | None]:
     """(model, tokenizer, reward tokens) of a folder that `save` wrote, of a run's folder, or of any model by its name.
 
@@ -93,13 +111,15 @@ def load(name: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedT
 
     Args: options: of `from_pretrained`, such as dtype; code that comes with a model is never run.
     Returns: the model in eval mode; None for the tokens when Quark did not train it.
-    Raises: ModelError when there is no model, or it is damaged.
+    Raises: ModelError when there is no model, or it is damaged; ConfigError for a revision of a folder.
     """
     if options.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code=True would run a stranger's code from the model's folder. Leave it out.")
     if str(name) == PACKAGED or not Path(name).expanduser().is_dir():
         model, tokenizer = load_model(str(name), **options)
         return model.eval(), tokenizer, None
+    if options.pop("revision", None) is not None:
+        raise ConfigError(f"{name} is a folder, which has no revisions. Leave the revision out, or name a hub's model.")
     folder = _model_folder(Path(name).expanduser())
     tokens = RewardTokens.load(folder) if (folder / FILE_NAME).is_file() else None
     try:
@@ -201,13 +221,16 @@ def _load_adapter(
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} has no adapter_model.safetensors, and pickled weights are not read. Save it again.")
     try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        config = PeftConfig.from_pretrained(folder)
+        base, revision = config.base_model_name_or_path, config.revision
     except Exception as error:  # a stranger's file may name anything
         raise ModelError(f"{folder}/adapter_config.json is damaged ({first_line(error)}). Copy it again.") from error
     if not base:
         raise ModelError(f"{folder}/adapter_config.json does not name the base model, so there is nothing to adapt.")
     if (dtype := begun_dtype(folder.parent)) is not None:  # of a run's checkpoint: it learned in that of its base
         options = {"dtype": dtype, **options}
+    if (revision := revision or begun_revision(folder.parent)) is not None and not Path(base).is_dir():
+        options = {"revision": revision, **options}
     model, tokenizer = load_model(_recorded_base(folder, base), **options)
     if (folder / "tokenizer_config.json").is_file():
         try:

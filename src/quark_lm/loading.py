@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -38,13 +39,21 @@ def load(
         if peft_config is None and "torch_dtype" not in options:
             options.setdefault("dtype", "float32")
         model, own = load_model(model, **options)
-        return model, tokenizer or own
+        _check_whole(model)
+        return model, with_template_settings(tokenizer or own, args.chat_template_kwargs)
     if args.model_init_kwargs:
         raise ConfigError(
             "model_init_kwargs is for a model given by its name, but a loaded model was given. Leave one out."
         )
+    _check_whole(model)
     if hasattr(model, "peft_config"):
         check_fresh(model)
+    elif peft_config is None and model.dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"The model is in {str(model.dtype).removeprefix('torch.')} and trained as a whole: small updates vanish"
+            " there. Load it in float32 (dtype='float32'), or give a peft_config.",
+            stacklevel=3,
+        )
     if tokenizer is None:
         from transformers import AutoTokenizer
 
@@ -54,7 +63,54 @@ def load(
                 "The model does not tell its name, so its tokenizer cannot be found. Give it as processing_class."
             )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return model, tokenizer
+    return model, with_template_settings(tokenizer, args.chat_template_kwargs)
+
+
+def with_template_settings(tokenizer: PreTrainedTokenizerBase, settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy whose chat template sets these values before all else.
+
+    Raises: ConfigError when there is no template, or a name or value that no template can set.
+    """
+    if not settings:
+        return tokenizer
+    if not isinstance(tokenizer.chat_template, str):
+        raise ConfigError(
+            f"chat_template_kwargs={settings} set values for the chat template, and the tokenizer has"
+            f" {'none' if tokenizer.chat_template is None else 'several'}. Leave it out, or set"
+            " tokenizer.chat_template."
+        )
+    wrong = [name for name, value in settings.items() if not name.isidentifier() or not _is_literal(value)]
+    if wrong:
+        raise ConfigError(
+            f"chat_template_kwargs[{wrong[0]!r}]={settings[wrong[0]]!r} cannot be written into a template. Give names"
+            " with true, false, a number or a text."
+        )
+    tokenizer = copy.deepcopy(tokenizer)  # the caller's own may serve another model
+    values = "".join(f"{{% set {name} = {value!r} %}}" for name, value in settings.items())  # Jinja reads Python's
+    tokenizer.chat_template = values + tokenizer.chat_template
+    return tokenizer
+
+
+def _is_literal(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _check_whole(model: Any) -> None:
+    """Raises: ConfigError for a model that is spread over devices, or holds an adapter that no PeftModel wraps."""
+    from peft import PeftModel
+
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise ConfigError(
+            f"device_map spreads the model over {len(devices)} devices, where its parts are not found again. Leave it"
+            " out; a model that fits no GPU is split by --accelerate fsdp2."
+        )
+    if hasattr(model, "peft_config") and not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"{model.config.name_or_path or 'The model'} comes with an adapter that transformers put into it, so the"
+            " model itself, to which Quark stays close, cannot be asked. Give the base model, or merge the adapter"
+            " first: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        )
 
 
 @torch.no_grad()
@@ -63,17 +119,9 @@ def check_fresh(model: Any) -> None:
 
     Raises: ModelError.
     """
-    embedding = word_embeddings(model)
-    ids = (torch.arange(6, device=embedding.device) * 7 % len(embedding))[None]
-    positions = torch.arange(6, device=embedding.device)[None]
-    was_training = model.training
-    model.eval()
-    try:
-        with_adapter = run_body(model, ids, position_ids=positions, use_cache=False).last_hidden_state
-        with model.disable_adapter():
-            without = run_body(model, ids, position_ids=positions, use_cache=False).last_hidden_state
-    finally:
-        model.train(was_training)
+    with_adapter = _states(model)
+    with model.disable_adapter():
+        without = _states(model)
     if not torch.allclose(with_adapter, without, rtol=1e-3, atol=1e-3):
         raise ModelError(
             "The model's adapter was trained before, and Quark stays close to the model with the adapter off, which is"
@@ -81,8 +129,26 @@ def check_fresh(model: Any) -> None:
         )
 
 
+@torch.no_grad()
+def _states(model: Any) -> torch.Tensor:
+    """The last states of a few tokens, by which two models are told apart."""
+    embedding = word_embeddings(model)
+    ids = (torch.arange(6, device=embedding.device) * 7 % len(embedding))[None]
+    positions = torch.arange(6, device=embedding.device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        states = run_body(model, ids, position_ids=positions, use_cache=False).last_hidden_state
+    finally:
+        model.train(was_training)
+    return cast(torch.Tensor, states)
+
+
 def with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardTokens, seed: int) -> PreTrainedModel:
-    """The model under a PEFT wrapper, which answers as the model itself does."""
+    """The model under a PEFT wrapper, which answers as the model itself does, and with the adapter off always will.
+
+    Raises: ConfigError for a config under which it would not: the KL would be to another model.
+    """
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
@@ -98,8 +164,23 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardToken
             raise ConfigError("peft_config.trainable_token_indices is set by Quark to the reward tokens. Leave it out.")
         config = copy.deepcopy(config)  # the caller's own may serve another trainer
         config.trainable_token_indices = list(tokens.barred)
+    if getattr(config, "bias", "none") != "none":
+        raise ConfigError(
+            f"peft_config.bias={config.bias!r} trains biases of the model itself, to which Quark stays close. Set"
+            " bias='none'."
+        )
+    before = _states(model)
     torch.manual_seed(seed)  # the adapter's first weights too depend on the run's seed alone
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    with adapted.disable_adapter():
+        after = _states(adapted)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"peft_config (init_lora_weights={getattr(config, 'init_lora_weights', None)!r}) changes the weights of the"
+            " model itself, to which Quark stays close. Use an adapter that starts beside them:"
+            " init_lora_weights=True."
+        )
+    return adapted
 
 
 def keep_rows_apart(model: Any) -> None:

@@ -110,8 +110,18 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Compares our body and head with the model's own logits on a short input. Raises: ModelError if they differ."""
+    """Compares our body and head with the model's own logits on a short input.
+
+    Raises: ModelError if they differ, or the model is none that samples from a cache of keys and values.
+    """
     inner = causal_lm(model)
+    if not getattr(inner.config.get_text_config(), "num_attention_heads", None) or (
+        inner.config.model_type == "recurrent_gemma"  # under left padding other words, in transformers' generate too
+    ):
+        raise ModelError(
+            f"{type(inner).__name__} samples from a state and not from a cache of keys and values alone, which Quark"
+            " does not batch. Choose a transformer."
+        )
     was_training = inner.training
     inner.eval()
     words, device = len(word_embeddings(inner)), word_embeddings(inner).device
@@ -291,7 +301,7 @@ class Policy:
         accelerator: what will wrap the model; None: nothing shards it.
     """
 
-    def __init__(self, model: nn.Module, needs_reference: bool = True, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, model: nn.Module, accelerator: Accelerator | None = None) -> None:
         self.model = model
         self.has_adapter = hasattr(model, "peft_config")
         self.head = Head(model)
@@ -302,16 +312,11 @@ class Policy:
         self._copy_head = self.head
         # the same modules without memory, for `whole`: a sharded model can be neither copied nor saved as it is
         self._skeleton = _without_memory(model) if self.accelerator is not None else None
-        if needs_reference and not self.has_adapter:
+        if not self.has_adapter:
             self._copy = copy.deepcopy(causal_lm(model)).eval().requires_grad_(False)
             self._copy_head = Head(self._copy)
             allow_functions_inside(self._copy)
         allow_functions_inside(model)
-
-    @property
-    def name(self) -> str:
-        """The original model's name or folder."""
-        return str(causal_lm(self.model).config.name_or_path)
 
     @contextmanager
     def reference(self) -> Iterator[tuple[nn.Module, Head]]:
@@ -320,7 +325,7 @@ class Policy:
             if self._copy is not None:
                 self._place(self._copy)
                 yield self._copy, self._copy_head
-            elif self.has_adapter:
+            else:
                 was_training = self.model.training
                 self.model.eval()  # a copy would be: the reference has neither dropout nor noise
                 try:
@@ -328,8 +333,6 @@ class Policy:
                         yield self.model, self.head
                 finally:
                     self.model.train(was_training)
-            else:
-                raise ModelError("This policy was made without a reference model.")
 
     def _place(self, copied: nn.Module) -> None:
         """The copy stands where the model does: on its device, and in parts when the model is."""
@@ -523,7 +526,11 @@ def completion_log_probs(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of the model to 0, its configuration's too."""
+    """Sets every dropout probability of the model to 0, its configuration's too: `own_dropout` knows what they were."""
+    inner: Any = causal_lm(model)
+    inner.dropout_before = {
+        name: value for name, value in vars(inner.config).items() if isinstance(value, float) and "drop" in name
+    }
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -533,3 +540,14 @@ def disable_dropout(model: nn.Module) -> None:
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if isinstance(value, float) and "drop" in name:
                     setattr(holder, name, 0.0)
+
+
+@contextmanager
+def own_dropout(model: Any) -> Iterator[None]:
+    """Within it the model's configuration has its dropout back, for whoever trains what is saved."""
+    before = getattr(model, "dropout_before", {})
+    vars(model.config).update(before)
+    try:
+        yield
+    finally:
+        vars(model.config).update(dict.fromkeys(before, 0.0))

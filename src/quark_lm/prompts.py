@@ -6,6 +6,8 @@ Files are read by `datasets`.
 from __future__ import annotations
 
 import contextlib
+import csv
+import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,9 @@ _READERS = {
 }  # fmt: skip
 
 
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # in the other columns of a table
+
+
 def load_prompts(source: str | Path, *, split: str = "train", revision: str | None = None) -> Dataset:
     """A data set with a `prompt` column, from a file (JSONL, Parquet, CSV, TSV, or text, a prompt a line) or the hub.
 
@@ -32,8 +37,9 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
     are published.
 
     Args:
-        source: a file, or the name of a data set on the hub ("owner/name", or "owner/name:config").
-        split, revision: of a hub data set.
+        source: a file, or the name of a data set on the hub ("owner/name", or "owner/name:config"), maybe with its
+            split ("owner/name[test]", "owner/name[train[:2000]]").
+        split, revision: of a hub data set that names no split.
 
     Raises: DataError when there is no such file, it is empty, unreadable or has no `prompt` column.
     """
@@ -51,7 +57,9 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
             raise DataError(
                 f"{source} ends with none of {endings}, so its format is unknown. Rename it to say what it is."
             )
-        name, _, config = str(source).partition(":")
+        named = re.fullmatch(r"([^\[\]]+)\[(.+)\]", str(source))
+        whole, split = named.groups() if named else (str(source), split)
+        name, _, config = whole.partition(":")
         try:
             with _uncounted():
                 dataset = load_dataset(name, config or None, split=split, revision=revision)
@@ -70,6 +78,8 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
         if path.suffix.lower() == ".tsv":
             options["delimiter"] = "\t"
         try:
+            if kind == "csv":
+                options |= _prompts_as_text(path, options.get("delimiter", ","))
             with _uncounted():
                 dataset = load_dataset(kind, data_files=str(path), split="train", **options)
         except Exception as error:
@@ -81,6 +91,17 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
         if kind == "text":
             dataset = dataset.rename_column("text", "prompt")
     return checked(dataset, str(source))
+
+
+def _prompts_as_text(path: Path, delimiter: str) -> dict[str, Any]:
+    """Options of pandas' reader: else a prompt "None" would be a missing one, and one of 1984 a number."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=delimiter), [])
+    return {
+        "converters": {"prompt": str},
+        "keep_default_na": False,
+        "na_values": {name: _MISSING for name in names if name != "prompt"},
+    }
 
 
 @contextlib.contextmanager
@@ -121,6 +142,8 @@ def _check_json(path: Path) -> None:
 def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
     """The data set, its `prompt` column flattened and without empty or repeated prompts, whose number it warns of.
 
+    A prompt that comes again with other values in the other columns stays: the rewards may tell the two apart.
+
     Args:
         dataset: a `datasets.Dataset`; or what becomes one: a list of prompts (text or messages) or of records with a
             `prompt`, or what `load_prompts` reads.
@@ -129,7 +152,7 @@ def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
     """
     if isinstance(dataset, (str, Path)):
         return load_prompts(dataset)
-    dataset = _as_dataset(dataset, name)
+    dataset = as_dataset(dataset, name)
     if "prompt" not in (dataset.column_names or []):
         columns = ", ".join(dataset.column_names or []) or "none"
         raise DataError(
@@ -138,8 +161,9 @@ def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
     seen: set[str] = set()
     keep, empty = [], 0
     prompts = [flat(prompt) for prompt in dataset["prompt"]]
+    others = [list(dataset[name]) for name in dataset.column_names if name != "prompt"]
     for i, prompt in enumerate(prompts):
-        key = repr(prompt)
+        key = repr((prompt, *(values[i] for values in others)))
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             empty += 1
         elif key not in seen:
@@ -155,13 +179,13 @@ def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
     if any(flat(p) is not p for p in dataset["prompt"][:1]):
         from datasets import Dataset
 
-        others = [name for name in dataset.column_names if name != "prompt"]
         flattened = Dataset.from_dict({"prompt": prompts})  # without other columns no rows would be left to add it to
         dataset = dataset.remove_columns("prompt").add_column("prompt", prompts) if others else flattened
     return dataset if len(keep) == len(prompts) else dataset.select(keep)
 
 
-def _as_dataset(data: Any, name: str) -> Dataset:
+def as_dataset(data: Any, name: str) -> Dataset:
+    """The data set that a list of prompts, or of records, becomes; a data set stays. Raises: DataError."""
     from datasets import Dataset, IterableDataset
 
     if isinstance(data, Dataset):

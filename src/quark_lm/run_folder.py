@@ -194,7 +194,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         # what only one of the two names came with another version, and is no difference
         differing = [key for key in sorted(set(there) & set(identity)) if there[key] != identity[key]]
         begun = _begun(folder)
-        if differing and not _has_round(folder) and (not begun or set(differing) <= _AFTER_SAMPLING):
+        if differing and not has_round(folder) and (not begun or set(differing) <= _AFTER_SAMPLING):
             for part in (folder / "metrics.jsonl", folder / "train.yaml"):
                 part.unlink(missing_ok=True)
             for journal in (folder / "pool").glob("*.partial.jsonl"):
@@ -227,7 +227,7 @@ def _begun(folder: Path) -> bool:
     return any(path.read_bytes().count(b"\n") > 1 for path in journals)  # the first line holds no sample
 
 
-def _has_round(folder: Path) -> bool:
+def has_round(folder: Path) -> bool:
     """Whether a folder holds a round or a checkpoint; what cannot be read counts."""
     try:
         rounds = parsed((folder / "pool" / "manifest.json").read_bytes())["rounds"]
@@ -249,22 +249,76 @@ def fixed_rows(folder: Path, fitting: int) -> int:
     return rows
 
 
+def warn_of_other_sources(folder: Path, sources: dict[str, str | None]) -> None:
+    """Keeps how each reward function is written, and warns of one that was written otherwise when the run began.
+
+    It is the same run all the same: a mended function goes on with what was scored before.
+    """
+    path = folder / "run.json"
+    told = parsed(path.read_bytes())
+    there = told.get("reward_sources")
+    if not isinstance(there, dict) or not has_round(folder):
+        write_json(path, {**told, "reward_sources": sources})
+        return
+    changed = [name for name, source in sources.items() if there.get(name, source) != source]
+    if changed:
+        warnings.warn(
+            f"{', '.join(changed)} is written otherwise than when the run in {folder} began, whose samples keep the"
+            " rewards that they got. For a run by the new one choose another output_dir.",
+            stacklevel=4,
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises: ConfigError when a run cannot be written there; makes nothing."""
+    # os.path: a Path's own raises where a folder above may not be entered
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not above.is_dir():
+        what = "is a file" if above == folder.absolute() else f"lies in {above}, which is a file"
+        raise ConfigError(f"output_dir={folder} {what}, and results need a folder of their own. Name another one.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={folder}: nothing may be written in {above}. Name another folder, or mend that.")
+
+
 def begun_dtype(folder: Path) -> str | None:
     """The dtype of the weights of the run that a folder holds, such as "bfloat16"; None where there is no run yet."""
+    dtype = _recorded(folder, "dtype")
+    return dtype if dtype in ("bfloat16", "float32", "float16") else None
+
+
+def begun_revision(folder: Path) -> str | None:
+    """Of the model that the run of a folder began with; None where none was named, or there is no run."""
+    revision = _recorded(folder, "revision")
+    return revision if isinstance(revision, str) else None
+
+
+def _recorded(folder: Path, name: str) -> Any:
     try:
-        dtype = parsed((folder / "run.json").read_bytes()).get("dtype")
+        return parsed((folder / "run.json").read_bytes()).get(name)
     except (OSError, ValueError, AttributeError):  # a damaged one is `claim`'s to report
         return None
-    return dtype if dtype in ("bfloat16", "float32", "float16") else None
 
 
 def describe(folder: Path, config: dict[str, Any]) -> None:
     """Writes config.yaml and environment.json."""
     with written_whole(folder / "config.yaml") as temporary:
         temporary.write_text(
-            yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False), encoding="utf-8"
+            yaml.safe_dump(without_secrets(json.loads(json.dumps(config, default=str))), sort_keys=False),
+            encoding="utf-8",
         )
     write_json(folder / "environment.json", environment())
+
+
+def without_secrets(config: Any) -> Any:
+    """The settings, but for what a key that ends with `token` holds: `model_init_kwargs` may name a hub's."""
+    if isinstance(config, list):
+        return [without_secrets(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: "(hidden)" if str(key).endswith("token") and isinstance(value, str) else without_secrets(value)
+        for key, value in config.items()
+    }
 
 
 def environment() -> dict[str, Any]:

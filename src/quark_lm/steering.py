@@ -130,14 +130,16 @@ def generate_batches(
     on_token: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[int, str]]:
-    """As `generate`, but yields (index, completion) as batches are done. settings: those of `GenerationSettings`."""
+    """As `generate`, but (index, completion) as batches are done; what is wrong is raised before the first.
+
+    settings: those of `GenerationSettings`.
+    """
     import torch
-    from datasets import Dataset
 
     from .errors import ConfigError, DataError
     from .generation import GenerationSettings, check_strength, sample_seeds
     from .generation.hf import HFCompleter
-    from .prompts import encode
+    from .prompts import as_dataset, encode
 
     if isinstance(prompts, str):
         raise DataError("prompts is one text, whose letters would be completed one by one. Give a list: [prompt].")
@@ -162,7 +164,7 @@ def generate_batches(
                 f" (best), or -1 (best) to {-num}."
             )
         position, room = reward_tokens.position, room - reward_tokens.longest
-    encoded = encode(Dataset.from_dict({"prompt": list(prompts)}), tokenizer, position, room)
+    encoded = encode(as_dataset(list(prompts), "prompts"), tokenizer, position, room)
     ids: list[list[int]] = encoded.ids
     dials: list[Dial] = []
     if reward_tokens is not None and quantile is not None:
@@ -177,20 +179,23 @@ def generate_batches(
         # cast: its type covers batches too, and one sample's ids give one text
         on_token(index, cast(str, tokenizer.decode(so_far[index], skip_special_tokens=True)))
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for indices, completions in completer.complete(
-                ids,
-                sample_seeds(seed, num=len(ids)),
-                generation,
-                dials=dials,
-                on_token=show if on_token is not None else None,
-            ):
-                yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
-    finally:
-        model.train(was_training)
+    def batches() -> Iterator[tuple[int, str]]:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                for indices, completions in completer.complete(
+                    ids,
+                    sample_seeds(seed, num=len(ids)),
+                    generation,
+                    dials=dials,
+                    on_token=show if on_token is not None else None,
+                ):
+                    yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
+        finally:
+            model.train(was_training)
+
+    return batches()
 
 
 def check_start(from_token: str) -> None:

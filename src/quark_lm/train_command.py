@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ def run(config: Path | None, flags: list[str]) -> None:
     Raises: ConfigError when a field is unknown or missing; what `QuarkTrainer` raises.
     """
     from .processes import first_tells, leave
-    from .run_folder import disk_errors
+    from .run_folder import check_folder, disk_errors
 
     own, named = read_settings(config, flags)
     missing = [name for name in ("model_name_or_path", "reward_funcs", "prompts") if not own.get(name)]
@@ -94,17 +93,6 @@ def run(config: Path | None, flags: list[str]) -> None:
     with disk_errors(trainer.folder):
         _finish(settings, trainer)
     leave()
-
-
-def check_folder(folder: Path) -> None:
-    """Raises: ConfigError when a run cannot be written there; makes nothing."""
-    # os.path: a Path's own raises where a folder above may not be entered
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
-    if not above.is_dir():
-        what = "is a file" if above == folder.absolute() else f"lies in {above}, which is a file"
-        raise ConfigError(f"output_dir={folder} {what}, and a run needs a folder of its own. Name another one.")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={folder}: nothing may be written in {above}. Name another folder, or mend that.")
 
 
 _FIELDS_FILE = resources.files("quark_lm").joinpath("data/train_fields.json")
@@ -269,9 +257,25 @@ class _Fields:
     def _check_name(self, name: str, where: str, others: Sequence[str] = ()) -> None:
         if name in self.kinds:
             return
-        near = difflib.get_close_matches(name, [*self.kinds, *others], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*self.kinds, *others], n=1, cutoff=0.75)
         advice = f"Did you mean {near[0]}?" if near else "quark train --help lists the fields."
+        advice = _OF_TRL.get(name, advice)
         raise ConfigError(f"{name} in {where} is no field of a run. {advice}")
+
+
+# Fields of TRL's scripts that are called otherwise here, or are not.
+_OF_TRL = {
+    "dataset_name": "It is prompts here.",
+    "dataset_train_split": "Name the split in prompts: owner/name[train].",
+    "dataset_test_split": "Name it as eval_prompts: owner/name[test].",
+    "model_revision": "Write model_init_kwargs: {revision: ...}.",
+    "attn_implementation": "Write model_init_kwargs: {attn_implementation: ...}.",
+    "load_in_4bit": "A quantized model is loaded by QuarkTrainer's model argument.",
+    "load_in_8bit": "A quantized model is loaded by QuarkTrainer's model argument.",
+    "torch_dtype": "It is dtype here.",
+    "lora_dropout": "An adapter has no dropout here; QuarkTrainer takes a peft_config of your own.",
+    "reward_model_name_or_path": "It is one of reward_funcs here.",
+}
 
 
 def _check_size(data: Any, path: Path) -> None:
@@ -404,13 +408,15 @@ def _writes_yaml(named: dict[str, Any]) -> Any:
     from transformers import TrainerCallback
 
     from .files import written_whole
+    from .run_folder import without_secrets
 
     class WritesYaml(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             path = Path(args.output_dir) / "train.yaml"
             if state.is_world_process_zero:  # anew each time: a run may be made longer
                 with written_whole(path) as temporary:
-                    temporary.write_text(yaml.safe_dump(named, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                    text = yaml.safe_dump(without_secrets(named), sort_keys=False, allow_unicode=True)
+                    temporary.write_text(text, encoding="utf-8")
 
     return WritesYaml()
 
@@ -469,8 +475,7 @@ def _held_out(trainer: QuarkTrainer) -> dict[str, Any]:
 
     All sampled as while exploring.
     """
-    from .demo import measure_systems
-    from .evaluation.evaluate import System
+    from .evaluation.evaluate import System, measure_systems
 
     if trainer.eval_prompts is None:
         return {}
@@ -524,7 +529,7 @@ def _last_round(path: Path) -> dict[str, Any]:
 
 def _scorers(trainer: QuarkTrainer) -> dict[str, dict[str, Any]]:
     """By the name of the reward function."""
-    from .demo import scorer_facts
+    from .evaluation.evaluate import scorer_facts
 
     runners = [("reward", trainer.rewards), ("evaluation", trainer.eval_rewards)]
     return {

@@ -37,7 +37,7 @@ from .collator import Collator, Draw
 from .config import QuarkConfig
 from .errors import ConfigError, DataError, GenerationError, ModelError, QuarkError, RewardError, TrainingError
 from .exploring import DROPOUT, InitialPool, Watch, aside, explored_columns, held_out_columns
-from .generation import Completer, GenerationSettings, complete_all
+from .generation import DRAWING, Completer, GenerationSettings, complete_all
 from .generation.hf import HFCompleter
 from .loss import LossSettings, quark_loss
 from .packaged import PACKAGED, base_name
@@ -58,10 +58,12 @@ from .run_folder import (
     describe,
     disk_errors,
     fixed_rows,
+    has_round,
     last_whole_checkpoint,
     locked,
     put_in_place,
     rotate,
+    warn_of_other_sources,
     what_is_wrong,
     write_json,
 )
@@ -131,6 +133,10 @@ class QuarkTrainer(Trainer):
         reward_tokens: RewardTokens | None = None,
         initial_pool: Any = None,
     ) -> None:
+        if args is not None and not isinstance(args, QuarkConfig):
+            raise ConfigError(
+                f"args is a {type(args).__name__}, which has none of Quark's settings. Give a QuarkConfig."
+            )
         args = copy.copy(args or QuarkConfig("quark_output"))  # what is set below is this run's, not the caller's
         check_hardware(args)
         if train_dataset is None:
@@ -177,6 +183,13 @@ class QuarkTrainer(Trainer):
         self.room = room  # most token ids of a prompt
         self.prompts = encode(train_dataset, tokenizer, position, room)
         self.eval_prompts = encode(eval_dataset, tokenizer, position, room) if eval_dataset is not None else None
+        shared = set(self.prompts.texts) & set(self.eval_prompts.texts) if self.eval_prompts is not None else ()
+        if shared:
+            warnings.warn(
+                f"{len(shared)} of {len(self.eval_prompts or ())} held-out prompts are trained on too, so their figures"
+                " do not tell how the model does on new ones. Leave them out of one of the two.",
+                stacklevel=2,
+            )
         eos = eos_ids(model, tokenizer)
         self.initial_pool = None
         if initial_pool is not None:
@@ -237,18 +250,14 @@ class QuarkTrainer(Trainer):
                 " reward_attributes. Name one for each reward function, in their order."
             )
         scorers = _reward_functions(eval_reward_funcs, None)
-        self.eval_rewards = RewardRunner(scorers, retries=args.reward_retries) if scorers else None
+        # `reward` is the weighted total's name
+        taken = [*self.rewards.names, "reward"]
+        self.eval_rewards = RewardRunner(scorers, retries=args.reward_retries, taken=taken) if scorers else None
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         self.hf_completer = HFCompleter(self.model, eos, args.generation_batch_size, autocast)
         self.completer: Completer = self.hf_completer
         self.generation_settings = GenerationSettings(
-            max_completion_length=args.max_completion_length,
-            min_completion_length=args.min_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            dial_min_p=args.dial_min_p,
-            barred=self.reward_tokens.barred,
+            **{name: getattr(args, name) for name in DRAWING}, barred=self.reward_tokens.barred
         )
 
         self.folder = Path(cast(str, args.output_dir))  # TrainingArguments has put its default in None's place
@@ -263,6 +272,11 @@ class QuarkTrainer(Trainer):
                 raise ConfigError(
                     "use_vllm=True saves the policy for vLLM, and FSDP gives each process a part of it. Use DDP, or"
                     " leave use_vllm out."
+                )
+            if export.on_quantized(self.model):
+                raise ConfigError(
+                    "use_vllm=True saves the merged policy for vLLM, and a quantized model cannot take an adapter in."
+                    " Leave use_vllm out, or load the model unquantized."
                 )
             name = base_name(self.model)
             dtype = autocast or causal_lm(self.model).dtype
@@ -280,6 +294,7 @@ class QuarkTrainer(Trainer):
         self.round_metrics: dict[str, Any] = {}
         self.interrupted = False
         self._trains = self._is_finished = self._stops_early = False
+        self._joint: BaseException | None = None  # what stopped all ranks at one place
         self._failed: QuarkError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
         self._saved_at = -1  # the step of the newest checkpoint
@@ -363,7 +378,10 @@ class QuarkTrainer(Trainer):
             completions: list[list[int]] = []
             try:
                 completions = complete_all(Watch(self, kept)(batches, advance), len(prompts))
-            except GenerationError as error:  # a server's; an error within a joint forward has stopped all
+            except QuarkError as error:
+                if self.is_fsdp_enabled and not isinstance(error, GenerationError):
+                    # the others wait within a joint forward, where nothing can be told or saved: the launcher ends them
+                    raise RuntimeError(str(error)) from error
                 failed = error
         num = f"; {len(kept.completions)} of {len(prompts)} samples are kept" if kept is not None else ""
         self.stop_together(f"during {verb}{num}")
@@ -452,7 +470,8 @@ class QuarkTrainer(Trainer):
         A row without a reward or out of the window is not ranked. Of several attributes `RewardTokens.code` of each.
 
         round: the current one, for the window; None: the pool's last.
-        Raises: RewardError when all rewards are equal.
+        Raises: RewardError when all rewards of round 0 are equal; later, when the model has learned all that the reward
+            tells, all are the best.
         """
         pool, args = self.open_pool(), self.args
         round = pool.num_rounds - 1 if round is None else round
@@ -466,7 +485,8 @@ class QuarkTrainer(Trainer):
             ranked &= np.isfinite(rewards)
         levels = []
         for rewards, name in zip(columns, args.reward_attributes or ("",), strict=True):
-            _check_differ(rewards[ranked], name)
+            if round == 0 or args.quantile_scope == "prompt":
+                _check_differ(rewards[ranked], name)
             if args.quantile_scope == "prompt":
                 groups = pool.prompt_indices[ranked]
                 levels.append(quantiles.assign_per_group(rewards[ranked], groups, args.num_quantiles))
@@ -688,6 +708,7 @@ class QuarkTrainer(Trainer):
 
         resume_from_checkpoint: True or None take the newest complete checkpoint of the folder, if there is one; False
             starts anew in an empty folder; or a path.
+        Raises: ConfigError for False in a folder that holds samples.
         """
         with locked(self.folder) if self.is_world_process_zero() else contextlib.nullcontext():
             if resume_from_checkpoint is None or resume_from_checkpoint is True:
@@ -699,6 +720,11 @@ class QuarkTrainer(Trainer):
                 if not (Path(resume_from_checkpoint) / MARKER).is_file():
                     reason = f"has no {MARKER}, so it is not Quark's or was not finished"
                 raise ModelError(f"{resume_from_checkpoint} {reason}. Give another checkpoint, or none for the newest.")
+            if resume_from_checkpoint is False and has_round(self.folder):
+                raise ConfigError(
+                    f"resume_from_checkpoint=False begins anew, but {self.folder} holds a run's samples, which would be"
+                    " mixed with the new ones. Choose another output_dir, or leave it out to go on with that run."
+                )
             if resume_from_checkpoint:
                 resuming.check_sharding(self, Path(resume_from_checkpoint))
                 with resuming.no_pickles(resume_from_checkpoint):
@@ -713,7 +739,8 @@ class QuarkTrainer(Trainer):
                 self.vllm.holds = self.vllm.saved = None  # the weights become those of the checkpoint
             try:
                 with self._signals(), disk_errors(self.folder), resuming.no_pickles(resume_from_checkpoint):
-                    output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                    with self._saved_when_all_stop():
+                        output = super().train(resume_from_checkpoint or None, *args, **kwargs)
                     if self._failed is not None:
                         raise self._failed
                     step = self.state.global_step
@@ -724,11 +751,22 @@ class QuarkTrainer(Trainer):
                 self.learn_bar.close()
         return output
 
+    @contextlib.contextmanager
+    def _saved_when_all_stop(self) -> Iterator[None]:
+        """What stops all ranks between two steps, while they explore or measure, loses none of the steps before it."""
+        try:
+            yield
+        except (KeyboardInterrupt, QuarkError) as stopped:
+            if stopped is self._joint:
+                self._save_checkpoint(self.model, None)
+            raise
+
     def open_pool(self) -> Pool:
         """The run's pool; the folder becomes this run's when it is first asked for. Raises: ConfigError, PoolError."""
         if self.pool is None:
             if self.is_world_process_zero():
                 claim(self.folder, resuming.identity(self))
+                warn_of_other_sources(self.folder, self.rewards.sources)
                 describe(self.folder, self.args.to_dict())
                 self.reward_tokens.save(self.folder)
                 Pool.open(self.pool_folder, create=True)
@@ -762,8 +800,8 @@ class QuarkTrainer(Trainer):
             yield
         finally:
             self.interrupted = False
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            for number, handler in old.items():  # None: it was set by no Python code, and cannot be set again
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def all_stop(self) -> bool:
         """Whether any rank was asked to stop: all then stop at the same place, or the others would wait for it."""
@@ -777,7 +815,8 @@ class QuarkTrainer(Trainer):
     def stop_together(self, when: str) -> None:
         """Raises: KeyboardInterrupt on every rank when one was asked to stop."""
         if self.all_stop():
-            raise KeyboardInterrupt(f"stopped {when}")
+            self._joint = KeyboardInterrupt(f"stopped {when}")
+            raise self._joint
 
     def fail_together(self, failed: QuarkError | None) -> None:
         """Raises what a rank failed of on every rank, which else waited for it; each must call it at the same place."""
@@ -785,6 +824,7 @@ class QuarkTrainer(Trainer):
             told = next((error for error in gather_object([failed]) if error is not None), None)
             failed = failed or told  # one's own has its traceback
         if failed is not None:
+            self._joint = failed
             raise failed
 
     def finish_round(self, round: int) -> None:
@@ -817,7 +857,12 @@ class QuarkTrainer(Trainer):
         return list(self.metrics_file.kept_digest(step, None if inside else round, measured or bool(inside)))
 
     def _nothing_new(self, figures: dict[str, Any]) -> bool:
-        return bool(self.args.early_stop) and figures.get("share_above_best") == 0.0
+        """Whether a round found nothing better: by chance a small one has none of the best K-th, and a user's own round
+        0 may be better than what any model says."""
+        ranked = figures.get("samples", 0) - figures.get("dropped", 0)
+        enough = ranked >= _EARLY_STOP_ROWS * self.args.num_quantiles
+        of_its_own = self.initial_pool is None or figures["round"] > 1
+        return bool(self.args.early_stop) and enough and of_its_own and figures.get("share_above_best") == 0.0
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes a checkpoint: beside its place, and where it finds no other that it would delete."""
@@ -861,9 +906,12 @@ class QuarkTrainer(Trainer):
 
 # -- helpers
 
+# Ranked samples of a round, for each quantile, from which on none of the best is no chance: (1 - 1/K)^(10 K) < .0001.
+_EARLY_STOP_ROWS = 10
+
 
 def _reward_functions(reward_funcs: Any, processing_classes: Any) -> list[Callable[..., Any]]:
-    specs = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+    specs = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs or ())
     classes = processing_classes if isinstance(processing_classes, (list, tuple)) else [processing_classes] * len(specs)
     if len(classes) != len(specs):
         raise ConfigError(

@@ -52,8 +52,8 @@ def start(folder, name, command):
         return subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log)
 
 
-def started(folder, name, reward):
-    command = ["quark_lm.cli", "train", "--accelerate", "fsdp2", "--num_processes", "2", *flags(folder, name, 4)]
+def started(folder, name, reward, accelerate="fsdp2"):
+    command = ["quark_lm.cli", "train", "--accelerate", accelerate, "--num_processes", "2", *flags(folder, name, 4)]
     return start(folder, name, [*command, "--reward_funcs", f"recipe:{reward}"])
 
 
@@ -276,25 +276,30 @@ def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, 
 
 
 @pytest.mark.filterwarnings("ignore:The reward tokens")
-def test_a_scorer_that_fails_one_process_on_held_out_prompts_ends_all_and_loses_no_learning(run):
+@pytest.mark.parametrize(
+    ("reward", "accelerate", "words"),
+    [("failing_reward", "fsdp2", "failing_reward"), ("breaking_reward", "ddp", "the logits are not finite")],
+)
+def test_what_fails_one_process_on_held_out_prompts_ends_all_and_loses_no_learning(reward, accelerate, words, run):
     folder, _ = run
-    process = started(folder, "failing", "failing_reward")
+    (folder / "fails").touch()
+    process = started(folder, reward, reward, accelerate)
     try:
         assert process.wait(timeout=300) == 2
-        log = (folder / "failing.txt").read_text()
+        log = (folder / f"{reward}.txt").read_text()
         assert "Traceback" not in log
-        assert re.search("^quark: .*failing_reward", log, re.MULTILINE)  # the first process tells it, of the second
-        assert [path.name for path in (folder / "failing").glob("checkpoint-*")] == ["checkpoint-3"]
+        assert re.search(f"^quark: .*{words}", log, re.MULTILINE)  # the first process tells it, of the second
+        assert [path.name for path in (folder / reward).glob("checkpoint-*")] == ["checkpoint-3"]
         (folder / "fails").unlink()
-        process = started(folder, "failing", "failing_reward")
-        assert process.wait(timeout=300) == 0, (folder / "failing.txt").read_text()
+        process = started(folder, reward, reward, accelerate)
+        assert process.wait(timeout=300) == 0, (folder / f"{reward}.txt").read_text()
     finally:
         process.terminate()
         process.wait()
-    lines = told(folder / "failing")
+    lines = told(folder / reward)
     assert len(lines["loss"]) == 6
     assert len(lines["eval_reward"]) == 2
-    assert "goes on" in (folder / "failing.txt").read_text()
+    assert "goes on" in (folder / f"{reward}.txt").read_text()
 
 
 def told(folder):

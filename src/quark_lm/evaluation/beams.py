@@ -6,11 +6,12 @@ each token. Right, and slow.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..errors import ConfigError
 from ..generation import Dial, GenerationSettings, turned
@@ -44,7 +45,6 @@ class BeamCompleter:
             raise ConfigError(
                 "A beam search takes the likeliest beam and draws nothing. Set temperature 0, or one beam."
             )
-        model: Any = self.model  # a checker takes its `generate` for a tensor
         turns = turned(dials, len(prompts))
         for i, prompt in enumerate(prompts):
             if i in skip:
@@ -54,21 +54,33 @@ class BeamCompleter:
             if pairs:
                 processors.append(DialLogitsProcessor(self.model, len(prompt), pairs, settings.dial_min_p))
             ids = torch.tensor([list(prompt)], device=self.model.device)
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                num_beams=self.num_beams,
-                do_sample=False,
-                max_new_tokens=settings.max_completion_length,
-                min_new_tokens=settings.min_completion_length or None,
-                suppress_tokens=sorted(settings.barred) or None,
-                eos_token_id=self.eos_ids,
-                pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
-                logits_processor=processors,
-            )
+            with _no_settings_of_its_own(self.model) as model:
+                output = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    num_beams=self.num_beams,
+                    do_sample=False,
+                    max_new_tokens=settings.max_completion_length,
+                    min_new_tokens=settings.min_completion_length or None,
+                    suppress_tokens=sorted(settings.barred) or None,
+                    eos_token_id=self.eos_ids,
+                    pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
+                    logits_processor=processors,
+                )
             completion = output[0, len(prompt) :].tolist()
             end = next((n for n, token in enumerate(completion, 1) if token in self.eos_ids), len(completion))
             yield [i], [completion[:end]]
+
+
+@contextlib.contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[Any]:
+    """Within it the model's generation config is empty: `generate` would fill what is left out from a model's own,
+    a repetition penalty for example, which sampling here does not know."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own
 
 
 class DialLogitsProcessor(LogitsProcessor):

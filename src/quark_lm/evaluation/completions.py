@@ -6,7 +6,6 @@ Who makes and who scores them is passes.py's job.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -108,7 +107,7 @@ def read_completions(path: str | Path) -> CompletionSet:
 
     Others' are JSONL or Parquet, a row of `prompt` and `completion` each, or as RealToxicityPrompts and DExperts have
     them: `{"prompt": {"text": ...}, "generations": [{"text": ...}, ...]}`. Rows with the same prompt go together; other
-    columns reach the scorers.
+    columns reach the scorers, but for those that differ from one completion of a prompt to the next.
     Raises: DataError, naming the line, for what is neither.
     """
     path = Path(path).expanduser()
@@ -128,19 +127,13 @@ def read_completions(path: str | Path) -> CompletionSet:
             raise DataError(f"{path} cannot be read ({first_line(error)}). Copy or make it again.") from error
         return _own(table, path) if rows is None else _others(enumerate(rows, 1), path, "row")
     if ending == ".jsonl":
-        return _others(_json_lines(path), path, "line")
+        return _others(json_lines(path), path, "line")
     if ending == ".json":
         raise DataError(
             f"{path} is no table of completions: results.json holds figures alone. Give completions.parquet beside it,"
             " or a file that ends with .jsonl."
         )
     raise DataError(f"{path} ends with neither .parquet nor .jsonl, so its format is unknown. Rename or convert it.")
-
-
-def file_digest(path: Path) -> str:
-    """The first 12 hex digits of a file's SHA-256: what tells it from another of its name."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _own(table: pa.Table, path: Path) -> CompletionSet:
@@ -191,7 +184,7 @@ def _own(table: pa.Table, path: Path) -> CompletionSet:
         raise DataError(f"{path} is damaged ({first_line(error)}). Copy it again, or evaluate again.") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         lines = numbered_lines(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -203,25 +196,34 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             raise DataError(f"{path}, line {number}, is no JSON ({error}). Mend it, or leave it out.") from error
 
 
+# What is read of a row of others; the rest are columns of the prompt.
+_READ = ("prompt", "completion", "completion_ids", "generations")
+
+
 def _others(rows: Iterator[tuple[int, Any]] | Any, path: Path, unit: str) -> CompletionSet:
     """Rows of others, in the order in which the prompts come up."""
     places: dict[str, int] = {}
     prompts: list[Any] = []
     columns: dict[str, list[Any]] = {}
     found: list[tuple[int, str]] = []  # (prompt, completion)
-    repeated = 0
+    repeated = without = 0
+    differing: set[str] = set()
     for line, row in rows:
         prompt, completions = _prompt_and_completions(row, f"{path}, {unit} {line}")
+        if not completions:
+            without += 1
+            continue
         place = places.setdefault(repr(prompt), len(prompts))
+        others = {name: value for name, value in row.items() if name not in _READ}
         if place == len(prompts):
             prompts.append(prompt)
-            for name, value in row.items():
-                if name not in ("prompt", "completion", "completion_ids", "generations"):
-                    columns.setdefault(name, [None] * (len(prompts) - 1)).append(value)
+            for name, value in others.items():
+                columns.setdefault(name, [None] * (len(prompts) - 1)).append(value)
             for values in columns.values():
                 values.extend([None] * (len(prompts) - len(values)))
-        elif "generations" in row:
-            repeated += 1
+        else:
+            repeated += "generations" in row
+            differing |= {n for n, value in others.items() if n not in columns or columns[n][place] != value}
         found += [(place, text) for text in completions]
     if not found:
         raise DataError(f"{path} holds no completion, so there is nothing to measure. Give at least one.")
@@ -231,6 +233,23 @@ def _others(rows: Iterator[tuple[int, Any]] | Any, path: Path, unit: str) -> Com
             " more of them.",
             stacklevel=2,
         )
+    if without:
+        warnings.warn(f"{path}: left out {without} prompts without a completion.", stacklevel=2)
+    if differing:
+        warnings.warn(
+            f"{path}: {', '.join(sorted(differing))} differ between completions of one prompt, so they tell nothing of"
+            " the prompt, and no scorer gets them.",
+            stacklevel=2,
+        )
+    columns = {name: values for name, values in columns.items() if name not in differing}
+    for name, values in columns.items():
+        try:
+            pa.array(values)
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{path}: {name} has values of several types ({first_line(error)}), which no table of completions"
+                " holds. Write all alike, or leave it out."
+            ) from error
     order = sorted(range(len(found)), key=lambda i: found[i][0])  # stable: a prompt's stay in their order
     prompt_of = np.array([found[i][0] for i in order], dtype=np.int64)
     starts = np.searchsorted(prompt_of, np.arange(len(prompts)))

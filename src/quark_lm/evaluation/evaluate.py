@@ -5,13 +5,20 @@ A system is a model with a way to ask it: without a reward token, with one, or w
 
 from __future__ import annotations
 
+import json
+import math
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import QuarkError
+from ..files import parsed
+from ..packaged import base_name
+from ..run_folder import write_json
 from . import metrics
 
 if TYPE_CHECKING:
@@ -52,6 +59,59 @@ class Completions:
     completions: list[str]
     nll: list[float]
     scores: dict[str, list[float | None]] = field(default_factory=dict)
+
+
+def measure_systems(
+    trainer: QuarkTrainer,
+    systems: list[System],
+    scorers: dict[str, Callable[..., Any]],
+    settings: GenerationSettings,
+    num_generations: int,
+    seed: int,
+    folder: Path | None = None,
+) -> tuple[list[dict[str, Any]], list[Completions]]:
+    """(each system's figures, its completions) on the trainer's held-out prompts.
+
+    Args:
+        scorers: by the name that the figures get; which values it wants tells only one that has `wanted`.
+        folder: keeps the completions, so that a stopped call does not measure a system again. None: keeps nothing.
+    """
+    assert trainer.eval_prompts is not None
+    called = {name: _called(function) for name, function in scorers.items()}
+    wanted = {name: getattr(function, "wanted", _nobody_knows) for name, function in scorers.items()}
+    rows, samples = [], []
+    for number, system in enumerate(systems):
+        key = {
+            "prompts": zlib.crc32(json.dumps(trainer.eval_prompts.texts).encode()),
+            "num_generations": num_generations,
+            "sampling": asdict(settings),
+            "seed": seed,
+            "scorers": {name: scorer_facts(name, function) for name, function in scorers.items()},
+            "system": asdict(system),
+            "step": trainer.state.global_step if system.trained else None,
+            "model": base_name(trainer.model),
+        }
+        path = folder / f"{number}.json" if folder is not None else None
+        result = _kept(path, key)
+        if result is None:
+            result = complete_system(trainer, system, trainer.eval_prompts, called, settings, num_generations, seed)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"key": key, "completions": asdict(result)})
+        row = figures(result, wanted, seed)
+        for name, function in scorers.items():
+            if not hasattr(function, "wanted"):
+                row[name].pop("wanted", None)
+        rows.append(row)
+        samples.append(result)
+    return rows, samples
+
+
+def scorer_facts(name: str, function: Any) -> dict[str, Any]:
+    """What results tell of a scorer: its name and version, which of a user's own function is that of its file."""
+    from .passes import Scorer
+
+    return {"name": getattr(function, "scorer_name", name), "version": Scorer(name, name, function).version}
 
 
 def complete_system(
@@ -175,3 +235,44 @@ def _wanted_by_prompt(
 def _grouped(result: Completions) -> list[list[int]]:
     size = result.num_generations
     return [list(range(p * size, (p + 1) * size)) for p in range(len(result.prompts))]
+
+
+def _kept(path: Path | None, key: dict[str, Any]) -> Completions | None:
+    """The completions of this file, when they are those of the key."""
+    if path is None:
+        return None
+    try:
+        kept = parsed(path.read_bytes())
+        if kept["key"] != json.loads(json.dumps(key)):
+            return None
+        result = Completions(**kept["completions"])
+        result.nll = [math.nan if value is None else float(value) for value in result.nll]  # JSON has no NaN
+        columns: list[list[Any]] = [result.completions, result.completion_ids, result.nll, *result.scores.values()]
+        is_whole = {len(result.prompts) * result.num_generations} == set(map(len, columns))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):  # a damaged file
+        return None
+    return result if is_whole else None
+
+
+def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:
+    """The reward function called as in training: with checks, and a conversation's completions as messages."""
+    from ..prompts import is_conversational
+    from ..rewards.runner import RewardRunner
+
+    runner = RewardRunner([function])
+
+    def scorer(
+        prompts: list[Any], completions: list[str], completion_ids: list[list[int]], trainer_state: Any, **columns: Any
+    ) -> list[float | None]:
+        as_sent = [
+            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        [values] = runner.score(prompts, as_sent, completion_ids, columns, trainer_state).per_function.values()
+        return [None if math.isnan(value) else value for value in values.tolist()]
+
+    return scorer
+
+
+def _nobody_knows(values: Any) -> list[bool]:
+    return [False] * len(values)

@@ -201,7 +201,7 @@ class Scorer:
 
 
 def load_scorers(specs: Sequence[str], roles: dict[str, str]) -> list[Scorer]:
-    """The scorers that these specs of `load_reward` name. Raises: ConfigError when one comes twice."""
+    """The scorers that these specs of `load_reward` name. Raises: ConfigError when one is given twice."""
     from ..rewards import NAMED_REWARDS, load_reward
 
     scorers: list[Scorer] = []
@@ -210,8 +210,10 @@ def load_scorers(specs: Sequence[str], roles: dict[str, str]) -> list[Scorer]:
         # what the user wrote tells more than __name__, but for a path or a long list of options
         is_short = spec.partition("(")[0] in {*NAMED_REWARDS} - {"classifier", "http"}
         name = spec if is_short else getattr(function, "__name__", type(function).__name__)
-        if name in [scorer.name for scorer in scorers]:
-            raise ConfigError(f"scorer {name} is named twice, and a table has one column for each. Leave one out.")
+        if spec in [scorer.spec for scorer in scorers]:
+            raise ConfigError(f"scorer {spec} is named twice, and a table has one column for each. Leave one out.")
+        if name in [scorer.name for scorer in scorers]:  # another file's function, or another server's path
+            name = spec
         scorers.append(Scorer(name, spec, function, roles.get(spec)))
     return scorers
 
@@ -337,7 +339,8 @@ class _Pair:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.whole) - len(self.prompt)
+        # the first token of all has no context; published figures leave it out too
+        return len(self.whole) - max(1, len(self.prompt))
 
 
 def _ids_as_drawn(completions: CompletionSet, evaluator: Evaluator) -> list[_Pair]:
@@ -367,7 +370,6 @@ def _ids_of_texts(completions: CompletionSet, tokenizer: PreTrainedTokenizerBase
     for p, whole in zip(of, wholes, strict=True):
         shared = next((i for i, (a, b) in enumerate(zip(prompts[p], whole, strict=False)) if a != b), None)
         shared = min(len(prompts[p]), len(whole)) if shared is None else shared
-        # the first token of all has no context; published figures leave it out too
         pairs.append(_Pair(prompts[p], whole, max(1, shared)))
     return pairs
 
@@ -407,7 +409,7 @@ def follow(
     from ..policy import Head, completion_states
 
     conditioned = asked.conditioned(prompts)
-    texts = [_after(prompt, reference) for prompt, reference in zip(prompts.texts, references, strict=True)]
+    texts = [after(prompt, reference) for prompt, reference in zip(prompts.texts, references, strict=True)]
     gold: list[list[int]] = [
         list(asked.tokenizer(text, add_special_tokens=False)["input_ids"])[:num_tokens] for text in texts
     ]
@@ -465,7 +467,7 @@ def features(evaluator: Evaluator, texts: Sequence[str], display: Display) -> ND
     return np.stack(out)
 
 
-def _after(prompt: str, reference: str) -> str:
+def after(prompt: str, reference: str) -> str:
     """The reference as it follows the prompt: some data sets leave the space between the two out."""
     joins = not prompt or prompt[-1].isspace() or not reference or not reference[0].isalnum()
     return reference if joins else f" {reference}"

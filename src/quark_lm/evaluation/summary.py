@@ -6,18 +6,17 @@ The metrics themselves are metrics.py's.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rewards.text_reward import has_word
 from . import metrics
 from .completions import CompletionSet
 
 Interval = dict[str, float]
-_WORD = re.compile(r"\w")
 
 
 def summarise(
@@ -80,7 +79,7 @@ def summarise(
             "prompts": len(groups),
             "completions": sum(sizes),
             "completions_per_prompt": [min(sizes), max(sizes)],
-            "without_words": sum(not _WORD.search(t) for group in texts for t in group),
+            "without_words": sum(not has_word(t) for group in texts for t in group),
         },
         "notes": notes,
     }

@@ -133,7 +133,7 @@ def _title(results: dict[str, Any]) -> str:
     made = results["made"]
     what = printable(str(made.get("model") or made.get("file")))
     if made.get("reward_tokens"):
-        k, quantile = len(made["reward_tokens"]), made["quantile"]
+        k, quantile = len(made["reward_tokens"]) // max(1, len(made.get("reward_attributes") or ())), made["quantile"]
         names = {None: "no reward token", k - 1: "best token", 0: "worst token"}
         what += f", {names.get(quantile, f'token {quantile} of 0 to {k - 1}')}"
         if made["strengths"] != [1.0]:

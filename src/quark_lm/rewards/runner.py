@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
+import hashlib
 import inspect
 import math
 import numbers
@@ -20,7 +21,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,7 @@ class RewardRunner:
         reward_funcs: functions, or anything that `load_reward` takes; one or a list.
         reward_weights: one a function; None: 1 each.
         names: one a function; None: `__name__`, as TRL has it, made unique by a number.
+        taken: names that others have, which none of these gets.
         retries: how often a function that raises is called again with the same batch. Not so for an error of ours,
             which says what to mend; KeyboardInterrupt passes at once.
         may_fail: a function that raises to the end leaves its batch without a reward, the reason in
@@ -95,6 +97,7 @@ class RewardRunner:
         reward_weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
         *,
+        taken: Collection[str] = (),
         retries: int = 0,
         may_fail: bool = False,
         pause: float = 1.0,
@@ -113,7 +116,7 @@ class RewardRunner:
             raise ConfigError(
                 f"reward_weights={list(self.weights)} are not all finite, and a sum needs that. Mend them."
             )
-        self.names = _unique([_name(function) for function in self.functions] if names is None else list(names))
+        self.names = _unique([_name(f) for f in self.functions] if names is None else list(names), taken)
         self.retries = retries
         self.may_fail = may_fail
         # without jitter, whose random numbers a reward function that draws some would miss
@@ -133,6 +136,11 @@ class RewardRunner:
         """
         return [_told(function) for function in self.functions]
 
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """By name a digest of how each function is written; None where its source is not at hand."""
+        return {name: _source(function) for name, function in zip(self.names, self.functions, strict=True)}
+
     def score(
         self,
         prompts: Sequence[Any],
@@ -147,7 +155,7 @@ class RewardRunner:
             prompts, completions: text, or messages (a completion then is `[{"role": "assistant", "content": ...}]`).
             completion_ids: the token ids of each completion.
             columns: the other columns of the data set, N values each; they reach the functions by their names.
-            trainer_state: `Trainer.state`, which a function may read for the step.
+            trainer_state: `Trainer.state`, which a function may read for the step; None: that of a run at its start.
         Returns: a batch in which no completion has a total where a function failed (`may_fail`): a sum without its part
             cannot be ranked among the others.
         Raises: RewardError when a function raises, unless it may fail, or returns another number of rewards, NaN, an
@@ -162,7 +170,7 @@ class RewardRunner:
             "completions": completions,
             "completion_ids": completion_ids,
             **columns,
-            "trainer_state": trainer_state,
+            "trainer_state": trainer_state if trainer_state is not None else _state_at_start(),
         }
         calls = [_Call(function, name, given) for function, name in zip(self.functions, self.names, strict=True)]
         for call in calls:
@@ -424,6 +432,12 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, QuarkError) else f"{type(error).__name__}: {text}"
 
 
+def _state_at_start() -> Any:
+    from transformers import TrainerState
+
+    return TrainerState()
+
+
 # Names
 
 
@@ -444,11 +458,20 @@ def _told(function: Callable[..., Any]) -> str:
     return f"{getattr(sys.modules.get(module), '_quark_file', module)}:{named.__qualname__}"
 
 
-def _unique(names: list[str]) -> list[str]:
+def _source(function: Callable[..., Any]) -> str | None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    try:
+        return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()[:12]
+    except (OSError, TypeError):  # typed into an interpreter, or an object
+        return None
+
+
+def _unique(names: list[str], taken: Collection[str]) -> list[str]:
     unique: list[str] = []
     for name in names:
         candidate, number = name, 2
-        while candidate in unique:
+        while candidate in unique or candidate in taken:
             candidate, number = f"{name}_{number}", number + 1
         unique.append(candidate)
     return unique

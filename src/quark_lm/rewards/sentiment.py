@@ -7,20 +7,18 @@ for absolute shares.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
 from quark_lm.errors import ConfigError, RewardError
 from quark_lm.rewards.minilm import MiniLMScorer
-from quark_lm.rewards.text_reward import TextReward
+from quark_lm.rewards.text_reward import TextReward, has_word
 
 Label = Literal["positive", "negative"]
 
 # VADER's authors call a compound of at least .05 positive; compounds have four decimals, so that "above .04999" says
 # the same.
 _VADER_THRESHOLD = (0.04999 + 1) / 2
-_WORD = re.compile(r"\w")
 
 
 def sentiment_reward(label: Label = "positive") -> TextReward:
@@ -61,9 +59,7 @@ def sentiment_independent(label: Label = "positive") -> TextReward:
     analyzer = vader.SentimentIntensityAnalyzer()
 
     def score(texts: Sequence[str]) -> list[float | None]:
-        values = [
-            (analyzer.polarity_scores(text)["compound"] + 1) / 2 if _WORD.search(text) else None for text in texts
-        ]
+        values = [(analyzer.polarity_scores(text)["compound"] + 1) / 2 if has_word(text) else None for text in texts]
         return _toward(label, values)
 
     return TextReward(

@@ -6,6 +6,7 @@ The scorers themselves are minilm.py, ngrams.py and VADER's package; sentiment.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,14 @@ class TextReward:
 
     def __repr__(self) -> str:
         return f"<reward {self.__name__}: {self.scorer_name} {self.scorer_version}>"
+
+
+_WORD = re.compile(r"\w")
+
+
+def has_word(text: str) -> bool:
+    """Whether there is a letter or a digit in it: what has none earns no reward."""
+    return _WORD.search(text) is not None
 
 
 def completion_text(completion: Completion) -> str:
