@@ -128,7 +128,7 @@ def test_a_folder_and_a_name_that_is_nowhere_are_refused(tmp_path):
 
 
 def test_repeated_and_empty_prompts_are_left_out_and_counted():
-    dataset = prompts("a", "b", "a", "", "  ", None, "a", topic=list("tuvwxyz"))
+    dataset = prompts("a", "b", "a", "", "  ", None, "a", topic=list("tutwxyt"))
     with pytest.warns(UserWarning, match="mine: left out 3 empty and 2 repeated of 7 prompts"):
         kept = checked(dataset, "mine")
     assert list(kept["prompt"]) == ["a", "b"]

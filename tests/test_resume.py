@@ -191,6 +191,7 @@ def test_to_begin_anew_in_a_folder_with_samples_is_refused(tmp_path):
         make(tmp_path).train(resume_from_checkpoint=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*distinct rewards:quark_lm.quantiles.FewQuantilesWarning")
 def test_a_model_that_learned_all_that_the_reward_tells_goes_on(tmp_path):
     def solved(completions, trainer_state, **kwargs):
         return graded(completions) if trainer_state.global_step == 0 else [1.0] * len(completions)

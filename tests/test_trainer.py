@@ -591,6 +591,7 @@ def own_data():
     return Dataset.from_dict({"prompt": PROMPTS, "completion": [f" {p[:5]}" for p in PROMPTS], "reward": rewards})
 
 
+@pytest.mark.filterwarnings("ignore:The model is in bfloat16 and trained as a whole")
 @pytest.mark.parametrize("how", ["weights", "autocast", "weights under an adapter"])
 def test_bfloat16_learns_about_the_same(tmp_path, how, exact):
     model = tiny_llama().to(torch.bfloat16) if "weights" in how else None
@@ -835,7 +836,7 @@ def test_a_whole_model_in_half_precision_is_warned_of(tmp_path):
 
 
 def test_settings_of_another_trainer_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="args is a TrainingArguments without Quark's settings"):
+    with pytest.raises(ConfigError, match="args is a TrainingArguments, which has none of Quark's settings"):
         QuarkTrainer(tiny_llama(), graded, TrainingArguments(str(tmp_path)), Dataset.from_dict({"prompt": PROMPTS}))
 
 

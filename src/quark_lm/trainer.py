@@ -710,6 +710,7 @@ class QuarkTrainer(Trainer):
             starts anew in an empty folder; or a path.
         Raises: ConfigError for False in a folder that holds samples.
         """
+        anew = resume_from_checkpoint is False
         with locked(self.folder) if self.is_world_process_zero() else contextlib.nullcontext():
             if resume_from_checkpoint is None or resume_from_checkpoint is True:
                 newest, wrong = first_tells(lambda: last_whole_checkpoint(self.folder))
@@ -720,7 +721,7 @@ class QuarkTrainer(Trainer):
                 if not (Path(resume_from_checkpoint) / MARKER).is_file():
                     reason = f"has no {MARKER}, so it is not Quark's or was not finished"
                 raise ModelError(f"{resume_from_checkpoint} {reason}. Give another checkpoint, or none for the newest.")
-            if resume_from_checkpoint is False and has_round(self.folder):
+            if anew and has_round(self.folder):
                 raise ConfigError(
                     f"resume_from_checkpoint=False begins anew, but {self.folder} holds a run's samples, which would be"
                     " mixed with the new ones. Choose another output_dir, or leave it out to go on with that run."

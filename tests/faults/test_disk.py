@@ -109,7 +109,7 @@ def test_a_folder_that_may_only_be_read_is_one_line(things, whole, small_disk, t
     assert "nothing may be written" in one_line(quark(train(things, small_disk / "run")))
     out = small_disk / "evaluation"
     argv = ["evaluate", str(whole), "--prompts", str(things / "held.jsonl"), "--output-dir", str(out)]
-    assert "can be written" in one_line(quark([*argv, "--num-generations", "1"]))
+    assert "nothing may be written" in one_line(quark([*argv, "--num-generations", "1"]))
     assert sorted(os.walk(small_disk)) == before
 
 

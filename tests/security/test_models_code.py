@@ -31,6 +31,9 @@ def scorer(tmp_path_factory):
     return folder
 
 
+HUB = {}  # name: the folder that stands for it
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """(kind, name, trust_remote_code, revision) of everything that is loaded by name."""
@@ -40,7 +43,7 @@ def asked(monkeypatch):
 
         def from_pretrained(name, *args, kind=kind, original=original, **options):
             calls.append((kind, str(name), options.get("trust_remote_code", "asks"), options.get("revision")))
-            return original(name, *args, **options)
+            return original(HUB.get(str(name), name), *args, **options)
 
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", from_pretrained)
     return calls
@@ -79,25 +82,26 @@ def test_a_rewards_settings_are_the_rewards_alone(form, scorer, asked):
 
 def test_the_evaluated_model_and_the_evaluator_have_revisions_of_their_own(base, tmp_path, asked):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n')
-    evaluator = tmp_path / "evaluator"
-    tiny_gpt2(seed=1).save_pretrained(evaluator)
-    tiny_tokenizer().save_pretrained(evaluator)
-    argv = ["evaluate", str(base), "--prompts", str(tmp_path / "prompts.jsonl"), "--num-generations", "1"]
-    argv += ["--evaluator", str(evaluator), "--revision", "one", "--evaluator-revision", "two"]
+    tiny_gpt2(seed=1).save_pretrained(tmp_path / "evaluator")
+    tiny_tokenizer().save_pretrained(tmp_path / "evaluator")
+    HUB.update({"somebody/base": base, "somebody/evaluator": tmp_path / "evaluator"})
+    argv = ["evaluate", "somebody/base", "--prompts", str(tmp_path / "prompts.jsonl"), "--num-generations", "1"]
+    argv += ["--evaluator", "somebody/evaluator", "--revision", "one", "--evaluator-revision", "two"]
     assert main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
-    assert {call[1:] for call in asked} == {(str(base), False, "one"), (str(evaluator), False, "two")}
+    assert {call[1:] for call in asked} == {("somebody/base", False, "one"), ("somebody/evaluator", False, "two")}
     with pytest.raises(ConfigError, match="would run a stranger's code"):
         export.load(base, trust_remote_code=True)
 
 
 def test_a_model_that_generates_or_tries_a_reward_has_its_own_revision(base, tmp_path, asked):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n')
-    assert main(["generate", str(base), "the cat", "--revision", "one"]) == 0
-    assert {call[1:] for call in asked} == {(str(base), False, "one")}
+    HUB["somebody/base"] = base
+    assert main(["generate", "somebody/base", "the cat", "--revision", "one"]) == 0
+    assert {call[1:] for call in asked} == {("somebody/base", False, "one")}
     asked.clear()
     argv = ["check-reward", "repetition", "--revision", "two", "--num", "32"]
-    assert main([*argv, "--prompts", str(tmp_path / "prompts.jsonl"), "--model", str(base)]) == 0
-    assert {call[1:] for call in asked} == {(str(base), False, "two")}
+    assert main([*argv, "--prompts", str(tmp_path / "prompts.jsonl"), "--model", "somebody/base"]) == 0
+    assert {call[1:] for call in asked} == {("somebody/base", False, "two")}
     (tmp_path / "texts.jsonl").write_text('{"completion": "a b"}\n' * 40)
     assert main([*argv, "--completions", str(tmp_path / "texts.jsonl")]) == 2
 

@@ -196,8 +196,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             raise DataError(f"{path}, line {number}, is no JSON ({error}). Mend it, or leave it out.") from error
 
 
-# What is read of a row of others; the rest are columns of the prompt.
-_READ = ("prompt", "completion", "completion_ids", "generations")
+# What is read of a row of others, and our own columns, which a copy without our metadata has. Others are the prompt's.
+_READ = (
+    "prompt", "completion", "completion_ids", "generations",
+    "prompt_index", "generation", "strength", "messages", "prompt_ids", "nll", "nll_tokens",
+)  # fmt: skip
 
 
 def _others(rows: Iterator[tuple[int, Any]] | Any, path: Path, unit: str) -> CompletionSet:
@@ -214,7 +217,7 @@ def _others(rows: Iterator[tuple[int, Any]] | Any, path: Path, unit: str) -> Com
             without += 1
             continue
         place = places.setdefault(repr(prompt), len(prompts))
-        others = {name: value for name, value in row.items() if name not in _READ}
+        others = {name: value for name, value in row.items() if name not in _READ and "/" not in name}
         if place == len(prompts):
             prompts.append(prompt)
             for name, value in others.items():
