@@ -158,7 +158,10 @@ class QuarkConfig(TrainingArguments):
         metadata={"help": "Optimizer steps between two explorations. The paper's 500 are for millions of samples."},
     )
     prompts_per_round: int | None = field(
-        default=768, metadata={"help": "Prompts that a round explores, drawn without repeats. None: all of them."}
+        default=768,
+        metadata={
+            "help": "Prompts that a round explores, without repeats as far as there are as many. None: all of them."
+        },
     )
     prompts_first_round: int | None = field(
         default=1536,

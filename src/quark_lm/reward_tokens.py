@@ -183,8 +183,9 @@ class RewardTokens:
         held = sorted(set(names) & set(tokenizer.get_vocab()))
         if held:
             raise ModelError(
-                f"The tokenizer already holds {held[0]}, so this model was trained by Quark before and its reward"
-                " tokens would be overwritten. Start from the original model, or use reward_token_style='text'."
+                f"The tokenizer already holds {held[0]}, so this model was trained by Quark before, or given to another"
+                " QuarkTrainer, and its reward tokens would be overwritten. Load the original model anew, or use"
+                " reward_token_style='text'."
             )
         ids = _add_tokens(model, tokenizer, names, text_ids if init == "words" else None, seed)
         return cls(style, position, tuple(names), tuple((i,) for i in ids), tuple(ids), tuple(attributes))
