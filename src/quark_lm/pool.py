@@ -25,7 +25,7 @@ from .files import CHECK, append_line, checksum, first_line, numbered_lines, par
 SCHEMA = pa.schema(
     [
         pa.field("round", pa.int32()),
-        pa.field("prompt_index", pa.int64()),  # which training prompt; -1 in a user's own data
+        pa.field("prompt_index", pa.int64()),  # which training prompt; below -1: none of them
         pa.field("prompt_ids", pa.list_(pa.int32())),
         pa.field("completion_ids", pa.list_(pa.int32())),  # as sampled, with the end-of-text token when it came
         pa.field("token_at", pa.int32()),  # where in prompt_ids a reward token goes

@@ -184,7 +184,7 @@ class QuarkTrainer(Trainer):
         self.prompts = encode(train_dataset, tokenizer, position, room)
         self.eval_prompts = encode(eval_dataset, tokenizer, position, room) if eval_dataset is not None else None
         shared = set(self.prompts.texts) & set(self.eval_prompts.texts) if self.eval_prompts is not None else ()
-        if shared:
+        if shared and args.process_index == 0:
             warnings.warn(
                 f"{len(shared)} of {len(self.eval_prompts or ())} held-out prompts are trained on too, so their figures"
                 " do not tell how the model does on new ones. Leave them out of one of the two.",

@@ -82,15 +82,20 @@ def failing_reward(completions: list[str], trainer_state: Any, **kwargs: Any) ->
     return reward(completions) + [0.0] * int(fails and trainer_state.global_step == 3)
 
 
+_CALLS: list[int] = []
+
+
 def breaking_reward(completions: list[str], **kwargs: Any) -> list[float]:
-    """As `reward`; once it was called the second process cannot sample any more, while the file FAILS is there."""
+    """As `reward`; from its second call on (the base's, the first round's) the second process cannot sample any more,
+    while the file FAILS is there."""
     from quark_lm.errors import ModelError
     from quark_lm.generation.hf import HFCompleter
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ModelError("the logits are not finite")
 
-    if Path(os.environ.get("FAILS", "")).is_file() and os.environ.get("RANK") == "1":
+    _CALLS.append(1)
+    if len(_CALLS) > 1 and Path(os.environ.get("FAILS", "")).is_file() and os.environ.get("RANK") == "1":
         HFCompleter._complete_batch = broken
     return reward(completions)
 
