@@ -19,7 +19,7 @@ import numpy as np
 from . import quantiles
 from .errors import ConfigError, DataError, RewardError
 from .packaged import PACKAGED
-from .prompts import EncodedPrompts, as_dataset, checked, encode, flat, is_conversational, load_prompts
+from .prompts import EncodedPrompts, as_completion, as_dataset, checked, encode, flat, load_prompts
 from .reward_tokens import RewardTokens, default_texts
 from .rewards.runner import RewardRunner
 
@@ -222,14 +222,10 @@ class _Samples:
         prompts = self.prompts.prompts if self.prompts is not None else [""] * len(self)
         return runner.score(
             [prompts[i] for i in rows],
-            [_as_completion(prompts[i], self.texts[i]) for i in rows],
+            [as_completion(prompts[i], self.texts[i]) for i in rows],
             [self.ids[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in self.columns.items()},
         ).total
-
-
-def _as_completion(prompt: Any, text: str) -> Any:
-    return [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
 
 
 def _read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -341,24 +341,32 @@ def generate(
     """
     from .evaluate_command import check_from_token, check_limits_a_dial
     from .export import load, to_device
+    from .generation import GenerationSettings
     from .reward_tokens import asked_quantile
     from .steering import check_names, generate_batches
 
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p={top_p} is not a probability above 0. Set it between 0 and 1 (1: no filter).")
+    settings: dict[str, Any] = {
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "dial_min_p": dial_min_p or 0.0,
+    }
+    GenerationSettings(**settings)  # which checks them
     asked = _asked(prompts or [], file)
     if not asked:
         raise DataError("There is no prompt, so there is nothing to complete. Give one in quotes, --file, or stdin.")
     if any(isinstance(prompt, str) and not prompt.strip() for prompt in asked):
         raise DataError("A prompt is empty, and nothing cannot be completed. Leave it out.")
     turn = _strength(strength or [])
+    strengths = [turn] if isinstance(turn, float) else list(turn.values())
     check_from_token(from_token or "worst", model)
     if from_token == "none" and turn == 1.0:
         raise ConfigError("from_token says where the dial starts, and strength 1 turns none. Give --strength too.")
-    check_limits_a_dial(dial_min_p, [turn] if isinstance(turn, float) else turn.values())
+    check_limits_a_dial(dial_min_p, strengths)
     language_model, tokenizer, tokens = load(model, **({"revision": revision} if revision is not None else {}))
     to_device(language_model)
-    wanted = asked_quantile(quantile, tokens, [turn] if isinstance(turn, float) else list(turn.values()), model)
+    wanted = asked_quantile(quantile, tokens, strengths, model)
     check_names(tokens, turn)
     repeated = [prompt for prompt in asked for _ in range(num_generations)]
     streams = len(repeated) == 1 and not as_json and sys.stdout.isatty()
@@ -373,11 +381,7 @@ def generate(
         strength=turn,
         from_token=from_token or "worst",
         seed=seed,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        dial_min_p=dial_min_p or 0.0,
+        **settings,
         on_token=_Stream() if streams else None,
     )
     if streams:

@@ -24,7 +24,7 @@ from transformers import set_seed
 from .errors import DataError, QuarkError, RewardError
 from .generation import sample_seeds
 from .pool import PartialRound, read_initial
-from .prompts import EncodedPrompts, encode, is_conversational, is_held_out
+from .prompts import EncodedPrompts, as_completion, encode, is_held_out
 from .rewards.runner import RewardBatch, RewardRunner
 
 if TYPE_CHECKING:
@@ -270,10 +270,7 @@ def score(
     trainer: QuarkTrainer, runner: RewardRunner, prompts: EncodedPrompts, texts: list[str], ids: list[list[int]]
 ) -> RewardBatch:
     """The rewards of these completions; a conversation's completion reaches the functions as a message."""
-    completions: list[Any] = [
-        [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-        for prompt, text in zip(prompts.prompts, texts, strict=True)
-    ]
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts.prompts, texts, strict=True)]
     return runner.score(prompts.prompts, completions, ids, prompts.columns, trainer.state)
 
 

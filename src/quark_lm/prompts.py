@@ -228,6 +228,11 @@ def is_conversational(prompt: Any) -> bool:
     return isinstance(prompt, list)
 
 
+def as_completion(prompt: Any, text: str) -> Any:
+    """A completion as a reward function gets it: text, or after a conversation a message of the assistant's."""
+    return [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+
+
 def is_held_out(prompt: Any, share: float = 0.2, purpose: str = "") -> bool:
     """Whether a prompt belongs to the held-out part: a rule on its text, whatever the order or the other prompts.
 

@@ -256,7 +256,7 @@ def _kept(path: Path | None, key: dict[str, Any]) -> Completions | None:
 
 def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:
     """The reward function called as in training: with checks, and a conversation's completions as messages."""
-    from ..prompts import is_conversational
+    from ..prompts import as_completion
     from ..rewards.runner import RewardRunner
 
     runner = RewardRunner([function])
@@ -264,10 +264,7 @@ def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:
     def scorer(
         prompts: list[Any], completions: list[str], completion_ids: list[list[int]], trainer_state: Any, **columns: Any
     ) -> list[float | None]:
-        as_sent = [
-            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
+        as_sent = [as_completion(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         [values] = runner.score(prompts, as_sent, completion_ids, columns, trainer_state).per_function.values()
         return [None if math.isnan(value) else value for value in values.tolist()]
 

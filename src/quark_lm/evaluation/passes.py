@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..generation import GenerationSettings, check_strength, sample_seeds
 from ..pool import Journal
-from ..prompts import EncodedPrompts, is_conversational
+from ..prompts import EncodedPrompts, as_completion
 from .completions import CompletionSet, finite_or_none
 
 if TYPE_CHECKING:
@@ -251,10 +251,7 @@ def _arguments(completions: CompletionSet, rows: range) -> dict[str, Any]:
     ids = completions.completion_ids
     return {
         "prompts": prompts,
-        "completions": [
-            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-            for prompt, text in zip(prompts, texts, strict=True)
-        ],
+        "completions": [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
         "completion_ids": ids[rows.start : rows.stop] if ids is not None else [[] for _ in rows],
         "columns": {name: [values[p] for p in of] for name, values in completions.columns.items()},
     }
