@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from quark_lm import demo
@@ -145,8 +146,10 @@ def run_trials(
     parser.add_argument("--only", nargs="+", choices=list(variants), help="questions; the default is always there")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--results", type=Path, default=results, help="one file a process, where several share a GPU")
     parser.add_argument("--table", action="store_true", help="print what was found, run nothing")
     args = parser.parse_args()
+    results = args.results
     found = json.loads(results.read_text()) if results.exists() else []
     if args.table:
         table(found)
@@ -159,7 +162,13 @@ def run_trials(
             for name, settings in named.items():
                 if any(row["name"] == name and row["seed"] == seed for row in found):
                     continue
-                row = {"question": question, "name": name, "seed": seed, **trial(name, settings, seed, args, pool)}
+                row = {
+                    "question": question,
+                    "name": name,
+                    "seed": seed,
+                    **trial(name, settings, seed, args, pool),
+                    "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                }
                 print(str(row)[:400], flush=True)
                 found.append(row)
                 results.write_text(json.dumps(found, indent=1) + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_gpt2, tiny_tokenizer
+from tiny import USE_CPU, tiny_gpt2, tiny_tokenizer
 from typer.main import get_command
 
 from quark_lm import cli, run_folder, train_command
@@ -115,7 +115,7 @@ def train_settings(files: Path, output_dir: Path, **more) -> dict:
         "num_quantiles": 3,
         "per_device_train_batch_size": 4,
         "max_completion_length": 6,
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         **more,
     }
 

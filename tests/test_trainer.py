@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import USE_CPU, tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import quark_lm.trainer as trainer_module
@@ -55,7 +55,7 @@ def settings(folder, **changes):
         "reward_retries": 0,
         "logging_steps": 1,
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         "disable_tqdm": True,
     }
     return QuarkConfig(str(folder), **{**base, **changes})
@@ -609,7 +609,7 @@ def test_a_preset_runs(tmp_path, preset):
         tiny_gpt2(),
         graded,
         QuarkConfig(
-            str(tmp_path), preset=preset, num_rounds=2, use_cpu=True, disable_tqdm=True, save_strategy="no", **small
+            str(tmp_path), preset=preset, num_rounds=2, use_cpu=USE_CPU, disable_tqdm=True, save_strategy="no", **small
         ),
         Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tiny_tokenizer(),

@@ -7,11 +7,15 @@ ASCII text round-trips, and decoding sampled ids and encoding them again often g
 
 from __future__ import annotations
 
+import os
 import string
 
 import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# QUARK_TEST_CUDA=1: the trainers of the tests run on the GPU that this machine has.
+USE_CPU = os.environ.get("QUARK_TEST_CUDA") != "1"
 
 END, PAD, START = "<|end|>", "<|pad|>", "<|start|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")

@@ -237,7 +237,7 @@ class Joint:
             raise AssertionError("two ranks run two models at once")
         model = self.models[agreed - 1]
         if not any(model is known for known in (*self.whole, *self.parts)):
-            fits = self._largest(self._size(model) > _WHOLE_SHARE * _free_memory(self.accelerator.device)) == 0
+            fits = self._largest(self._size(model) > _WHOLE_SHARE * free_memory(self.accelerator.device)) == 0
             (self.whole if fits else self.parts).append(model)
             if fits:
                 self._set_reshards(model, False)
@@ -285,9 +285,11 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may take: on a GPU with what torch's allocator holds unused, on a CPU a rank's share."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share it
 
 

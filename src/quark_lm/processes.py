@@ -188,6 +188,11 @@ def check_hardware(args: QuarkConfig) -> None:
         )
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         _check_fsdp(args.fsdp_plugin_args or {})
+        if args.parallel_mode.value != "distributed":
+            raise ConfigError(
+                "FSDP splits a model between processes, and this process is alone. Start several by --accelerate fsdp2"
+                " or by torchrun, or leave fsdp out."
+            )
 
 
 def _check_fsdp(named: dict[str, Any]) -> None:
@@ -207,11 +212,4 @@ def _check_fsdp(named: dict[str, Any]) -> None:
         raise ConfigError(
             "FSDP would load the weights on the first process alone, and Quark looks at them on each. Set"
             " fsdp_cpu_ram_efficient_loading: false."
-        )
-    import torch
-
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ConfigError(
-            "FSDP splits a model between processes, and this process is alone. Start several by --accelerate fsdp2 or"
-            " by torchrun, or leave fsdp out."
         )

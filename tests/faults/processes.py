@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiny import USE_CPU
+
 CLOCK = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 
 _context = multiprocessing.get_context("forkserver")
@@ -189,7 +191,7 @@ def train(things: Path, folder: Path, **changes: Any) -> list[str]:
         "reward_retries": 0,
         "early_stop": False,
         "logging_steps": 1,
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         **changes,
     }
     return ["train", *(f"--{name}={value}" for name, value in settings.items() if value is not None)]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import TINY_MODELS, tiny_tokenizer
+from tiny import TINY_MODELS, USE_CPU, tiny_tokenizer
 from transformers import TrainerCallback
 
 from quark_lm import QuarkConfig, QuarkTrainer, policy
@@ -138,7 +138,7 @@ def config(folder: Path, case: Case, **changes: Any) -> QuarkConfig:
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
+            "use_cpu": USE_CPU,
             "disable_tqdm": True,
             **dict(case.settings),
             **changes,

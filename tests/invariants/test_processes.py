@@ -212,6 +212,7 @@ def test_what_fsdp_would_do_behind_our_back_is_refused(settings, told, tmp_path)
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1 is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "this process is alone"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "offload_params: false"),
     ],
 )

@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from transformers import DynamicCache
 
 from ..errors import ModelError
-from ..policy import Head, causal_lm, run_body, word_embeddings
+from ..policy import Head, causal_lm, free_memory, run_body, word_embeddings
 from ..steering import dial, implausible
 from . import Dial, GenerationSettings, turned, uniforms
 
@@ -115,10 +114,8 @@ class HFCompleter:
         cache = 2 * config.num_hidden_layers * heads * head_size * length * weight.element_size()
         # the cache is copied as it grows; logits exist as they are, in float32, and as what is summed up
         per_row = 2 * cache + 4 * 4 * weight.shape[0]
-        device = weight.device.type
-        free = torch.cuda.mem_get_info(weight.device)[0] if device == "cuda" else psutil.virtual_memory().available
-        most = min(_MOST_ROWS.get(device, 128), self.most_rows or 1 << 30)
-        return int(max(1, min(most, 0.4 * free // per_row)))
+        most = min(_MOST_ROWS.get(weight.device.type, 128), self.most_rows or 1 << 30)
+        return int(max(1, min(most, 0.4 * free_memory(weight.device) // per_row)))
 
     def _complete_or_halve(
         self,
