@@ -806,6 +806,7 @@ def test_held_out_scorers_have_names_of_their_own_and_the_total_is_the_weighted_
     [
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.* changes the weights of the model itself"),
         ({"bias": "all"}, "bias='all' trains biases of the model itself"),
+        ({"lora_bias": True}, "a bias for layers that have none"),
     ],
 )
 def test_an_adapter_that_would_change_the_reference_is_refused(options, message, tmp_path):

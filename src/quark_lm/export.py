@@ -6,6 +6,7 @@ Adapters are merged on a copy; the model that is given stays as it was, so that 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
@@ -64,7 +65,7 @@ def save(
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     merges = hasattr(model, "peft_config") and not on_quantized(model)
-    plain = _merged(copy.deepcopy(model)) if merges else model
+    plain = _merged(_copied(model)) if merges else model
     generation_config = copy.deepcopy(plain.generation_config)
     if reward_tokens.barred:
         barred = {*(generation_config.suppress_tokens or ()), *reward_tokens.barred}
@@ -181,11 +182,33 @@ def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
 # Saving
 
 
+def _copied(model: Any) -> Any:
+    """A copy on the CPU: at a run's end a GPU may have no room for a second model."""
+    from torch import nn
+
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo).to("cpu")
+
+
 def _merged(model: Any) -> Any:
     """The base model with the adapter's weights added in; the given model is used up."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     dtype = model.get_base_model().dtype
-    # in float32: a bfloat16 sum would round the update as well as its result
-    return model.float().merge_and_unload().to(dtype)
+
+    def merge(layer: BaseTunerLayer, **options: Any) -> None:
+        # in float32: a bfloat16 sum would round the update as well as its result; a layer at a time, since the whole
+        # model in float32 is twice a bfloat16 one
+        layer.float()
+        type(layer).merge(layer, **options)
+        layer.to(dtype)
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge = functools.partial(merge, layer)  # which merge_and_unload calls
+    return model.merge_and_unload().to(dtype)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -172,6 +173,13 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardToken
     before = _states(model)
     torch.manual_seed(seed)  # the adapter's first weights too depend on the run's seed alone
     adapted = get_peft_model(model, config)
+    modules: Iterator[Any] = adapted.modules()
+    learned = [module for module in modules if any(getattr(module, "lora_bias", {}).values())]
+    if any(getattr(layer.get_base_layer(), "bias", None) is None for layer in learned):
+        raise ConfigError(
+            "peft_config.lora_bias=True trains a bias for layers that have none, which could not take it in when the"
+            " trained model is saved as an ordinary one. Leave it False."
+        )
     with adapted.disable_adapter():
         after = _states(adapted)
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
