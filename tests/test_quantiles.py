@@ -374,7 +374,22 @@ def test_the_order_inside_a_block_is_random():
 
 
 def test_an_end_without_a_sample_leaves_the_other():
-    assert set(draw(np.array([4, 4, 2]), 10, 0, 0, "ends", 5)) == {0, 1}
+    for best_share in (0.5, 0.75):
+        assert set(draw(np.array([4, 4, 2]), 10, 0, 0, "ends", 5, best_share=best_share)) == {0, 1}
+        assert set(draw(np.array([2, 0, 0]), 10, 0, 0, "ends", 5, best_share=best_share)) == {1, 2}
+
+
+@pytest.mark.parametrize(("best_share", "best"), [(0.5, 8), (0.75, 12), (0.25, 4), (0.8, 13), (15 / 16, 15)])
+def test_a_share_of_the_best_holds_in_every_run(best_share, best):
+    quantiles = np.repeat(np.arange(5), 400)
+    rows = draw(quantiles, 160, 0, 0, "ends", 5, best_share=best_share)
+    drawn = quantiles[rows]
+    assert set(drawn) == {0, 4}
+    assert len(set(rows)) == len(rows)
+    assert (drawn == 4).sum() == pytest.approx(10 * best, abs=2)
+    assert rows[:50].tolist() == draw(quantiles, 50, 0, 0, "ends", 5, best_share=best_share).tolist()
+    if best_share != 0.8:  # of five
+        assert ((drawn.reshape(-1, 16) == 4).sum(1) == best).all()
 
 
 def test_nothing_to_draw_is_an_error():

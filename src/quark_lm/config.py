@@ -264,6 +264,9 @@ class QuarkConfig(TrainingArguments):
             " best only: more signal a sample), 'best' only (AlpacaFarm's variant)."
         },
     )
+    best_share: float = field(
+        default=0.5, metadata={"help": "With draw='ends': the share of a step's rows that are of the best quantile."}
+    )
     heldout_share: float = field(
         default=0.1,
         metadata={"help": "Share of the prompts whose rows are never drawn; they measure if the tokens mean anything."},
@@ -513,6 +516,16 @@ class QuarkConfig(TrainingArguments):
                 raise ConfigError(
                     f"explore_token='random' asks for tokens that draw={self.draw!r} never trains. Set draw='all'."
                 )
+        if not 1 / 16 <= self.best_share <= 15 / 16:
+            raise ConfigError(
+                f"best_share={self.best_share} would leave draw='ends' one end. Set it from 0.0625 to 0.9375, or"
+                " draw='best'."
+            )
+        if self.best_share != 0.5 and self.draw != "ends":
+            raise ConfigError(
+                f"best_share={self.best_share} is a share of the two ends, and draw={self.draw!r} draws others. Leave"
+                " it out, or set draw='ends'."
+            )
         if self.quantile_scope == "prompt" and self.num_generations < 2:
             raise ConfigError(
                 f"quantile_scope='prompt' ranks a prompt's own samples, but num_generations={self.num_generations}"

@@ -8,6 +8,7 @@ Source: Lu et al. 2022, section 2, and the authors' code for the sizes.
 
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -133,30 +134,36 @@ def draw(
     mode: str = "all",
     num_quantiles: int = 5,
     attribute: int = 0,
+    best_share: float = 0.5,
 ) -> NDArray[np.int64]:
     """The rows that a round learns from, in the order in which its steps take them.
 
     A pure function of its arguments, and the first draws do not depend on how many follow. Rows come without
     replacement until all have been drawn, then in a new order. With several quantiles, each run of as many draws as
-    there are quantiles holds one from each in random order, so every batch is balanced up to its remainder.
+    there are quantiles holds one from each in random order, so every batch is balanced up to its remainder; "ends" with
+    a best_share of 3/4 has runs of one from the worst and three from the best.
 
     Args:
         quantiles: int (N,), as `assign` gives them; a row with -1 is never drawn.
         mode: "all" draws uniformly, as in the paper; "balanced" equally often from each quantile that holds a sample;
-            "ends" half from the worst and half from the best (from one of them if the other is empty); "best" from the
-            best only.
+            "ends" from the worst and the best (from one of them if the other is empty); "best" from the best only.
         attribute: by whose quantiles, where several are ranked apart: each draws by random numbers of its own.
+        best_share: what "ends" draws from the best, to the next sixteenth.
     Returns: int64 (num_draws,), indices into `quantiles`.
     Raises: DataError when no row is left to draw; ConfigError for an unknown mode.
     """
     if mode not in DRAW_MODES:
         raise ConfigError(f"draw={mode!r} is not a way to draw samples. Choose one of {', '.join(DRAW_MODES)}.")
     quantiles = np.asarray(quantiles)
+    of_a_run = [1] * num_quantiles  # draws of each stratum
     if mode == "all":
         strata = [np.flatnonzero(quantiles >= 0)]
     else:
         wanted = {"balanced": range(num_quantiles), "ends": (0, num_quantiles - 1), "best": (num_quantiles - 1,)}[mode]
         strata = [np.flatnonzero(quantiles == quantile) for quantile in wanted]
+        if mode == "ends":
+            share = Fraction(best_share).limit_denominator(16)
+            of_a_run = [share.denominator - share.numerator, share.numerator]
     # Each stratum keeps its own stream, so that an empty one does not move the others.
     streams = [(number, rows) for number, rows in enumerate(strata) if len(rows)]
     if not streams:
@@ -164,12 +171,14 @@ def draw(
             f"draw={mode!r} found no sample to learn from among {len(quantiles):,} rows: all were dropped, or lie in "
             "other quantiles. Check the rewards with `quark check-reward`."
         )
-    num_blocks = -(-num_draws // len(streams))
+    num_blocks = -(-num_draws // sum(of_a_run[number] for number, _ in streams))
     columns = [
-        _endless(rows, num_blocks, [seed, round, _DRAW_STREAM + _ATTRIBUTE * attribute, number])
+        _endless(
+            rows, num_blocks * of_a_run[number], [seed, round, _DRAW_STREAM + _ATTRIBUTE * attribute, number]
+        ).reshape(num_blocks, of_a_run[number])
         for number, rows in streams
     ]
-    blocks = np.stack(columns, axis=1)
+    blocks = np.concatenate(columns, axis=1)
     if len(streams) > 1:
         places = (
             np.random.default_rng([seed, round, _ORDER_STREAM + _ATTRIBUTE * attribute])

@@ -80,8 +80,8 @@ _NOT_COUNTING = (
 _AFTER_SAMPLING = {
     *_COUNTING, "reward_funcs", "scorers", "reward_weights", "eval_prompts", "eval_reward_funcs", "eval_scorers",
     "num_eval_generations", "total_batch", "num_rounds", "steps_per_round", "prompts_per_round", "explore_strength",
-    "explore_token", "quantile_scope", "pool_window", "draw", "heldout_share", "meaning_rows", "token_dropout", "beta",
-    "kl_direction", "entropy_coef", "mask_reward_tokens",
+    "explore_token", "quantile_scope", "pool_window", "draw", "best_share", "heldout_share", "meaning_rows",
+    "token_dropout", "beta", "kl_direction", "entropy_coef", "mask_reward_tokens",
 } - {"seed", "bf16", "fp16"}  # fmt: skip
 _SCORING = {"reward_funcs", "scorers", "reward_weights"}
 

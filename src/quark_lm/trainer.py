@@ -513,7 +513,16 @@ class QuarkTrainer(Trainer):
         # with several attributes each draws by its own quantiles, in turn
         attributes = self.reward_tokens.num_attributes
         each = [
-            quantiles.draw(levels, -(-num // attributes), args.seed, round, args.draw, args.num_quantiles, attribute)
+            quantiles.draw(
+                levels,
+                -(-num // attributes),
+                args.seed,
+                round,
+                args.draw,
+                args.num_quantiles,
+                attribute,
+                args.best_share,
+            )
             for attribute, levels in enumerate(self.reward_tokens.all_levels(drawable))
         ]
         rows = np.stack(each, axis=1).reshape(-1)[:num]
