@@ -17,7 +17,6 @@ import contextlib
 import copy
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from quark_lm.generation.hf import HFCompleter
 from quark_lm.packaged import fastest_dtype, load_model
 from quark_lm.policy import Head, completion_log_probs
 from quark_lm.prompts import encode, split_held_out
+from quark_lm.run_folder import hardware
 from quark_lm.steering import eos_ids
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -293,7 +293,7 @@ def main(other: str = "grpo", name: str = "against_grpo", about: str | None = No
         "settings": {k: v for k, v in vars(args).items() if k not in ("json", "method")},
         "runs": runs,
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "hardware": hardware(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
     print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=2))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from quark_lm.evaluate_command import EvaluationRun, Request
 from quark_lm.generation import complete_all, sample_seeds
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.policy import Head, completion_log_probs
+from quark_lm.run_folder import hardware
 from quark_lm.steering import eos_ids
 
 
@@ -135,9 +135,7 @@ def main() -> None:
         "completions": args.prompts * args.num_generations,
         "settings": {k: v for k, v in vars(args).items() if k != "json"},
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from quark_lm.demo import demo_prompts
 from quark_lm.generation import GenerationSettings, sample_seeds
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.packaged import fastest_dtype, load_model
+from quark_lm.run_folder import hardware
 
 
 def main() -> None:
@@ -81,9 +81,7 @@ def main() -> None:
         "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
         "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"dtype": str(dtype)},
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from quark_lm.collator import Collator, Draw
 from quark_lm.loss import LossSettings, quark_loss
 from quark_lm.policy import Policy, completion_states
 from quark_lm.reward_tokens import RewardTokens
+from quark_lm.run_folder import hardware
 
 
 def build(args: argparse.Namespace):
@@ -186,9 +186,7 @@ def main() -> None:
         "peak_mib": memory,
         "settings": {k: v for k, v in vars(args).items() if k not in ("json", "only_memory")},
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))

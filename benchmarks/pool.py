@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from quark_lm import Pool, quantiles
+from quark_lm.run_folder import hardware
 
 
 def rewards(rows: int) -> np.ndarray:
@@ -156,7 +156,7 @@ def main() -> None:
         "gib_on_disk": size,
         "parts": parts,
         "cpus": os.cpu_count(),
-        "hardware": platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "numpy": np.__version__,
         "pyarrow": pa.__version__,
         "load": os.getloadavg()[1],

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from quark_lm.packaged import fastest_dtype, load_model
 from quark_lm.policy import Policy, completion_states
 from quark_lm.prompts import encode
 from quark_lm.reward_tokens import RewardTokens
+from quark_lm.run_folder import hardware
 from quark_lm.steering import branches
 
 
@@ -124,9 +124,7 @@ def main() -> None:
         "rows": rows,
         "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"dtype": str(dtype)},
         "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from quark_lm import demo
+from quark_lm.run_folder import hardware
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "ablations.json"
 NUM_SAMPLES, STEPS, POOL_SEED = 3072, 25, 1000
@@ -167,7 +167,7 @@ def run_trials(
                     "name": name,
                     "seed": seed,
                     **trial(name, settings, seed, args, pool),
-                    "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                    "hardware": hardware(),
                 }
                 print(str(row)[:400], flush=True)
                 found.append(row)

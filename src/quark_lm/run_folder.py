@@ -342,6 +342,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def hardware() -> str:
+    """The GPU's name, else the processor's."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
