@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +313,25 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_written(tmp_path, mon
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     with pytest.raises(ModelError, match=r"could not be written .*No space left.*nothing half-written stays"):
+        export.save(model, tokenizer, tokens, tmp_path / "model")
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    export.load(tmp_path / "model")
+
+
+def test_a_model_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    tokens = RewardTokens.create(model, tokenizer, num_quantiles=2)
+    export.save(model, tokenizer, tokens, tmp_path / "model")
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ModelError, match="No space left"):
         export.save(model, tokenizer, tokens, tmp_path / "model")
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

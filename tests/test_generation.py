@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_policy import OTHERS, other
 
 from quark_lm.errors import ConfigError
 from quark_lm.generation import DRAWS, GenerationSettings, complete_all, sample_seeds
@@ -16,6 +17,11 @@ def complete(model, prompts=PROMPTS, rows=None, seeds=None, eos=(0,), **kwargs):
     seeds = sample_seeds(1, num=len(prompts)) if seeds is None else seeds
     completer = HFCompleter(model, eos, rows)
     return complete_all(completer.complete(prompts, seeds, settings, **kwargs), len(prompts))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_greedy_completions_of_other_models_equal_those_of_generate(name):
+    test_greedy_completions_equal_those_of_generate(other(name))
 
 
 def test_greedy_completions_equal_those_of_generate(tiny_model):
@@ -45,12 +51,15 @@ def test_equal_prompts_with_other_seeds_give_other_completions(tiny_model):
     assert len({tuple(c) for c in whole}) > 1
 
 
-def test_finished_rows_leave_and_the_others_go_on_unchanged(tiny_model):
+@pytest.mark.parametrize("dialled", [False, True])
+def test_finished_rows_leave_and_the_others_go_on_unchanged(tiny_model, dialled):
     seeds = sample_seeds(4, num=40)
     prompts = [[5 + i % 7, 6, 7] for i in range(40)]
     eos = tuple(range(0, 60, 3))
-    free = complete(tiny_model, prompts, seeds=seeds, eos=(), settings={"max_completion_length": 16})
-    ended = complete(tiny_model, prompts, seeds=seeds, eos=eos, settings={"max_completion_length": 16})
+    settings = {"max_completion_length": 16}
+    dials = [([[20 + i % 5, *prompt] for i, prompt in enumerate(prompts)], 2.0)] if dialled else []
+    free = complete(tiny_model, prompts, seeds=seeds, eos=(), settings=settings, dials=dials)
+    ended = complete(tiny_model, prompts, seeds=seeds, eos=eos, settings=settings, dials=dials)
     assert len({len(c) for c in ended}) > 3
     for whole, part in zip(free, ended, strict=True):
         assert part == whole[: len(part)]

@@ -299,6 +299,26 @@ def test_a_merged_adapter_samples_the_same_and_the_weights_come_back_bit_for_bit
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind", ["lora_bias", "use_dora"])
+def test_an_adapter_whose_merging_would_not_come_back_bit_for_bit_stays_apart(kind):
+    config = LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=kind == "use_dora", **{kind: True}
+    )
+    model = get_peft_model(tiny_gpt2(), config).eval()  # whose layers have biases
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        apart = model(torch.tensor([[5, 6, 7, 8]])).logits
+        with Policy(model).merged():
+            assert torch.equal(model(torch.tensor([[5, 6, 7, 8]])).logits, apart)
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Model has `tie_word_embeddings")
 def test_an_adapter_of_a_tied_head_is_not_merged_into_the_embedding():
     model = get_peft_model(

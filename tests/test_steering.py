@@ -7,6 +7,7 @@ from tiny import tiny_gpt2, tiny_tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
 from quark_lm.errors import ConfigError, DataError
+from quark_lm.generation.hf import HFCompleter
 from quark_lm.prompts import encode
 from quark_lm.reward_tokens import RewardTokens
 from quark_lm.steering import branches, eos_ids, generate, generate_batches
@@ -91,6 +92,24 @@ def test_the_stream_ends_with_the_completion():
     seen = {}
     options = {"reward_tokens": tokens, "seed": 3, "max_completion_length": 8, "on_token": seen.__setitem__}
     assert generate(model, tokenizer, PROMPTS, **options) == [seen[i] for i in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:Out of memory")
+def test_the_stream_of_a_batch_that_ran_out_of_memory_begins_again(monkeypatch):
+    model, tokenizer, tokens = made()
+    forward, calls = HFCompleter._forward, []
+
+    def runs_out_once(self, *args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return forward(self, *args)
+
+    monkeypatch.setattr(HFCompleter, "_forward", runs_out_once)
+    seen = {}
+    options = {"reward_tokens": tokens, "seed": 3, "max_completion_length": 8, "on_token": seen.__setitem__}
+    assert generate(model, tokenizer, PROMPTS, **options) == [seen[i] for i in range(3)]
+    assert len(calls) > 11
 
 
 @pytest.mark.parametrize("quantile", [3, 7, -4])

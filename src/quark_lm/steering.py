@@ -173,8 +173,8 @@ def generate_batches(
     completer = HFCompleter(model, eos_ids(model, tokenizer), batch_rows)
     so_far: dict[int, list[int]] = {}
 
-    def show(index: int, token: int) -> None:
-        so_far.setdefault(index, []).append(token)
+    def show(index: int, step: int, token: int) -> None:
+        so_far.setdefault(index, [])[step:] = [token]
         assert on_token is not None
         # cast: its type covers batches too, and one sample's ids give one text
         on_token(index, cast(str, tokenizer.decode(so_far[index], skip_special_tokens=True)))

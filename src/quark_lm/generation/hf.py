@@ -72,7 +72,7 @@ class HFCompleter:
         *,
         dials: Sequence[Dial] = (),
         skip: Collection[int] = (),
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int, int], None] | None = None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yields (indices, completions) batch by batch, each index once.
 
@@ -84,7 +84,8 @@ class HFCompleter:
                 no contrast at all.
             skip: indices that are left out; the batches are those of a call without it, so that a call which goes on
                 with a stopped one's `batch_rows` gives its completions bit for bit.
-            on_token: called with (index, token id) as each token is drawn.
+            on_token: called with (index, step, token id) as each token is drawn; a batch that ran out of memory begins
+                again from step 0.
         """
         turns = turned(dials, len(prompts))
         rows = self.batch_rows or self.fitting_rows(prompts, settings)
@@ -124,7 +125,7 @@ class HFCompleter:
         seeds: Sequence[int],
         settings: GenerationSettings,
         turns: _Turns,
-        on_token: Callable[[int, int], None] | None,
+        on_token: Callable[[int, int, int], None] | None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         each = 1 + len(turns)
         half = len(batch) // 2
@@ -163,7 +164,7 @@ class HFCompleter:
         seeds: Sequence[int],
         settings: GenerationSettings,
         turns: _Turns,
-        on_token: Callable[[int, int], None] | None,
+        on_token: Callable[[int, int, int], None] | None,
     ) -> list[list[int]]:
         device = self.device
         steps = settings.max_completion_length
@@ -209,7 +210,7 @@ class HFCompleter:
             if on_token is not None:
                 for sample, token in zip(alive.tolist(), tokens.tolist(), strict=True):
                     if token >= 0:
-                        on_token(batch[sample], token)
+                        on_token(batch[sample], step, token)
             done[alive] |= torch.isin(tokens, eos)
             live = ~done[alive]
             if step + 1 == steps or not live.any():
