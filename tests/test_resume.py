@@ -10,8 +10,9 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from test_trainer import PROMPTS, graded, lora, make, metrics, stopped_at
-from tiny import tiny_gpt2
+from tiny import tiny_gpt2, tiny_llama
 from transformers import TrainerCallback
 
 import quark_lm.exploring as exploring
@@ -46,10 +47,11 @@ def run(folder, **given):
 
 
 def told(folder):
-    """metrics.jsonl without what the clock tells, the samples, and the last checkpoint's weights."""
+    """metrics.jsonl without what the clock tells, the samples, and the last checkpoint's weights and optimizer."""
     lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in metrics(folder)]
-    weights = torch.load(last_checkpoint(folder)[0] / "optimizer.pt", weights_only=True)
-    return lines, Pool.open(folder).to_table().to_pylist(), weights
+    checkpoint, _ = last_checkpoint(folder)
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    return lines, Pool.open(folder).to_table().to_pylist(), load_file(checkpoint / "model.safetensors"), optimizer
 
 
 def equal(first, second):
@@ -112,6 +114,16 @@ def test_a_stop_while_learning_loses_nothing_not_even_the_figures(step, whole, t
         run(tmp_path, callbacks=[stopped_at(step)]).train()
     run(tmp_path).train()
     assert equal(told(tmp_path), whole)
+
+
+def test_a_stop_while_learning_leaves_no_figures_where_they_are_told_once_a_round(tmp_path):
+    once = {"logging_strategy": "epoch"}
+    make(tmp_path / "whole", model=tiny_gpt2(), given=EVAL, **{**SETTINGS, **once}).train()
+    stops = {**EVAL, "callbacks": [stopped_at(5)]}
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "run", model=tiny_gpt2(), given=stops, **{**SETTINGS, **once}).train()
+    make(tmp_path / "run", model=tiny_gpt2(), given=EVAL, **{**SETTINGS, **once}).train()
+    assert equal(told(tmp_path / "run"), told(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("round", [0, 1])
@@ -460,6 +472,45 @@ def test_a_round_that_found_nothing_new_is_the_last_also_when_the_run_was_stoppe
     assert on.state.global_step == 8  # so few samples may miss the best by chance
 
 
+OTHER_RUNS = {
+    "another adapter": ({}, {"peft_config": lora(lora_alpha=64)}, r"adapter: .*'lora_alpha': 8.*'lora_alpha': 64"),
+    "other held-out prompts": (
+        {},
+        {"eval_dataset": Dataset.from_dict({"prompt": ["a bird"]})},
+        "eval_prompts: '3, crc",
+    ),
+    "other held-out scorers": ({}, {"eval_reward_funcs": [worse_each_round]}, "eval_reward_funcs: .*worse_each_round"),
+    "other scored data": (
+        {},
+        {
+            "initial_pool": Dataset.from_dict(
+                {"prompt": ["a"] * 9, "completion": list("abcdefghi"), "reward": [0.5] * 9}
+            )
+        },
+        "initial_pool: None there",
+    ),
+    "weights of another dtype": ({"model": tiny_llama().to(torch.bfloat16)}, {}, "dtype: 'float32' there, 'bfloat16'"),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_RUNS)
+def test_what_differs_makes_another_run_and_is_named(other, tmp_path):
+    changes, given, named = OTHER_RUNS[other]
+    begun = {"peft_config": lora(), **EVAL, "eval_reward_funcs": [graded]}
+    make(tmp_path, given=begun).explore(0)
+    make(tmp_path, given=begun).open_pool()
+    with pytest.raises(ConfigError, match=named):
+        make(tmp_path, given={**begun, **given}, **changes).open_pool()
+
+
+def test_a_users_own_scored_data_that_is_better_than_the_model_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_EARLY_STOP_ROWS", 1)
+    data = {"prompt": ["the cat is"] * 9, "completion": list("abcdefghi"), "reward": [2.0 + i / 9 for i in range(9)]}
+    trainer = make(tmp_path, given={"initial_pool": Dataset.from_dict(data)}, num_rounds=3)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 def test_the_best_rounds_checkpoint_stays(tmp_path):
     values = iter([0.0, 0.1, 0.9, 0.5, 0.4, 0.3])  # the base's, then each round's
 
@@ -471,7 +522,7 @@ def test_the_best_rounds_checkpoint_stays(tmp_path):
     trainer = make(tmp_path, given=given, save_strategy="epoch", num_rounds=5, save_total_limit=2)
     trainer.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-10"}
-    assert trainer.verdict()["verdict"] in ("better", "no gain")
+    assert trainer.verdict()["verdict"] == "no gain"  # its reward changed by chance alone
 
 
 def checkpoints(folder):
@@ -693,10 +744,11 @@ def test_fewer_rounds_than_were_learned_are_refused(tmp_path):
         make(tmp_path, save_strategy="epoch", num_rounds=1).train()
 
 
-def test_the_same_trainer_goes_on_after_a_stop(whole, tmp_path):
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_the_same_trainer_goes_on_after_a_stop(step, whole, tmp_path):
     class Once(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1 and not done:
+            if state.global_step == step and not done:
                 done.append(1)
                 signal.raise_signal(signal.SIGINT)
 
@@ -704,9 +756,9 @@ def test_the_same_trainer_goes_on_after_a_stop(whole, tmp_path):
     trainer = run(tmp_path, callbacks=[Once()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    trainer.evaluate()
     trainer.train()
     assert trainer.state.global_step == 6
+    assert equal(told(tmp_path), whole)
 
 
 def test_an_evaluation_before_training_is_kept_beside_the_runs_own(tmp_path):

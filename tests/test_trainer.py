@@ -4,11 +4,13 @@ That its losses are those of the algorithm is tests/invariants.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import random
 import re
 import signal
+import types
 import warnings
 import zlib
 
@@ -18,16 +20,21 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from test_policy import naive_log_probs
 from tiny import USE_CPU, tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import quark_lm.trainer as trainer_module
 from quark_lm import Pool, QuarkConfig, QuarkTrainer, RewardTokens
 from quark_lm.errors import ConfigError, DataError, ModelError, PoolError, QuarkError, RewardError, TrainingError
+from quark_lm.evaluation.evaluate import System, complete_system
+from quark_lm.exploring import own_samples
 from quark_lm.generation.hf import HFCompleter
+from quark_lm.loss import LossSettings
+from quark_lm.measuring import held_out_figures
 from quark_lm.prompts import is_held_out
 from quark_lm.quantiles import FewQuantilesWarning
-from quark_lm.run_folder import MARKER, last_checkpoint
+from quark_lm.run_folder import MARKER, MetricsFile, last_checkpoint
 
 PROMPTS = [
     f"{who} {what}" for who in ("the cat", "an old man", "rain", "her hat") for what in ("is", "sat in the", "or")
@@ -158,6 +165,34 @@ def test_a_round_samples_as_many_prompts_as_it_is_told_each_as_often(tmp_path):
         seen = trainer.pool.to_table([round]).column("prompt").to_pylist()
         assert len(seen) == 2 * prompts
         assert len(set(seen)) == prompts
+
+
+def test_every_round_samples_other_prompts(tmp_path):
+    trainer = make(tmp_path, prompts_first_round=3, prompts_per_round=3, num_rounds=4)
+    trainer.train()
+    rounds = [frozenset(trainer.pool.to_table([round]).column("prompt").to_pylist()) for round in range(4)]
+    assert len(set(rounds)) > 1
+    assert len(frozenset.union(*rounds[1:])) > 3
+
+
+def test_a_reward_sees_all_samples_of_a_prompt_at_once(tmp_path):
+    seen = []
+
+    def compared(prompts, completions, **kwargs):
+        seen.append([prompts.count(prompt) for prompt in dict.fromkeys(prompts)])
+        return graded(completions)
+
+    make(tmp_path, compared, num_generations=3, reward_batch_size=4).explore(0)
+    assert len(seen) == len(PROMPTS)
+    assert seen == [[3]] * len(PROMPTS)
+
+
+def test_a_prompts_samples_belong_to_one_process():
+    parts = []
+    for rank in range(2):
+        accelerator = types.SimpleNamespace(num_processes=2, process_index=rank)
+        parts.append(own_samples(types.SimpleNamespace(accelerator=accelerator), 15, 3).tolist())
+    assert parts == [[0, 1, 2, 6, 7, 8, 12, 13, 14], [3, 4, 5, 9, 10, 11]]
 
 
 def test_more_prompts_than_there_are_are_each_sampled_several_times(tmp_path):
@@ -758,6 +793,11 @@ def test_every_metric_line_has_its_round_and_step(tmp_path):
     assert "share_above_best" in next(line for line in lines if line["round"] == 1)
 
 
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl").append({"round": 0, "step": 1, "grad_norm": math.inf, "x": math.nan})
+    assert metrics(tmp_path) == [{"round": 0, "step": 1, "grad_norm": None, "x": None}]
+
+
 def test_metrics_are_strict_json_whatever_the_figures(tmp_path):
     def none_for_a_dog(prompts, completions, **kwargs):
         return [None if "dog" in p else r for p, r in zip(prompts, graded(completions), strict=True)]
@@ -769,6 +809,64 @@ def test_metrics_are_strict_json_whatever_the_figures(tmp_path):
 
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_held_out_prompts_are_asked_for_the_best_token_and_the_base_without_one(tmp_path, explored):
+    given = {"eval_dataset": Dataset.from_dict({"prompt": ["a dog", "the sun"]})}
+    trainer = make(tmp_path, given=given, num_eval_generations=2)
+    best = list(trainer.reward_tokens.ids[-1])
+    trainer.evaluate()
+    held_out = sorted(ids for ids in trainer.eval_prompts.ids for _ in range(2))
+    assert sorted(explored[-1]["prompts"]) == [[*best, *ids] for ids in held_out]
+    trainer.evaluate_base()
+    assert sorted(explored[-1]["prompts"]) == held_out
+
+
+def moved(trainer):
+    """The policy is far from the original model."""
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return trainer
+
+
+def test_the_base_is_the_original_model_and_perplexity_is_under_it(tmp_path):
+    trainer = moved(make(tmp_path))
+    original, greedy = tiny_llama(), dataclasses.replace(trainer.generation_settings, temperature=0.0)
+    ids = {}
+    for system in (System("base", trained=False), System("policy"), System("asked", quantile=2)):
+        result = complete_system(trainer, system, trainer.prompts, {"graded": graded}, greedy, 1, 0)
+        np.testing.assert_allclose(
+            result.nll, -naive_log_probs(original, trainer.prompts.ids, result.completion_ids), rtol=1e-4
+        )
+        ids[system.name] = result.completion_ids
+        assert result.scores["graded"] == graded(result.completions)
+    complete = HFCompleter(original, trainer.hf_completer.eos_ids).complete
+    (places, alone), *_ = complete(trainer.prompts.ids, [0] * len(PROMPTS), greedy)
+    assert ids["base"] == [alone[places.index(i)] for i in range(len(PROMPTS))]
+    assert ids["base"] != ids["policy"] != ids["asked"]
+
+
+def test_what_is_explored_has_its_nll_under_the_original_model_without_a_token(tmp_path):
+    trainer = moved(make(tmp_path))
+    prompts, completions = trainer.prompts.ids[:3], [[20, 21], [22, 23, 24], [25]]
+    told = [-nll * len(ids) for nll, ids in zip(trainer.reference_nll(prompts, completions), completions, strict=True)]
+    np.testing.assert_allclose(told, naive_log_probs(tiny_llama(), prompts, completions), rtol=1e-4)
+
+
+def test_errors_of_held_out_figures_are_over_prompts():
+    told = held_out_figures({"f": np.array([0.0, 0.0, 1.0, 1.0])}, ["a b"] * 4, 2)
+    assert (told["f"], told["f_se"]) == (0.5, 0.5)  # over the completions it would be .29
+
+
+def test_the_fields_of_the_loss_reach_it(tmp_path):
+    fields = {"temperature": 0.4, "mask_reward_tokens": False, "beta": 0.3, "entropy_coef": 0.1}
+    given = {"kl_direction": "reverse", "loss_chunk_elements": 99, "reward_token_style": "embedding"}
+    trainer = make(tmp_path, **fields, **given)
+    assert trainer.loss_settings == LossSettings(
+        **fields, kl_direction="reverse", chunk_elements=99, barred=trainer.reward_tokens.barred
+    )
+    assert trainer.loss_settings.barred
 
 
 def test_held_out_prompts_are_scored_by_the_reward_and_by_others(tmp_path):

@@ -145,7 +145,10 @@ def aimed(random_numbers: random.Random) -> tuple[str, Callable[[], None]]:
 
 
 def attempt(folder: Path, name: str, arm: Callable[[], None] | None, seconds: float | None) -> bool:
-    """Runs the command in a child, killed by itself (`arm`) or after some seconds; whether it was killed."""
+    """Runs the command in a child, killed by itself (`arm`) or after some seconds; whether it was killed.
+
+    Raises: RuntimeError when it ended otherwise than well or by the kill.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -173,7 +176,7 @@ def attempt(folder: Path, name: str, arm: Callable[[], None] | None, seconds: fl
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
     if status:
-        raise SystemExit(f"the run failed, not by a kill:\n{folder.with_suffix('.log').read_text()[-3000:]}")
+        raise RuntimeError(f"failed, not by a kill:\n{folder.with_suffix('.log').read_text()[-3000:]}")
     return False
 
 
@@ -202,7 +205,8 @@ def main() -> None:
             name = args.cases[runs % len(args.cases)]
             here, killed, story = folder / f"run-{runs}", 0, []
             runs += 1
-            while True:
+            goes_on = True
+            while goes_on:
                 # up to four kills in one run, then it may end
                 strikes = kills < args.kills and killed < 4
                 if strikes and numbers.random() < 0.5:
@@ -213,12 +217,20 @@ def main() -> None:
                     what, arm = aimed(numbers)
                 else:
                     what, arm, seconds = "no kill", None, None
-                if not attempt(here, name, arm, seconds):
-                    break
+                try:
+                    if not attempt(here, name, arm, seconds):
+                        break
+                except RuntimeError as error:
+                    differing.append(f"{name}: {', '.join(story)}: {error}")
+                    goes_on = False
+                    continue
                 kills, killed = kills + 1, killed + 1
                 story.append(what)
                 kind = "a random moment" if arm is None else what.rstrip("0123456789 ")
                 hit[kind] = hit.get(kind, 0) + 1
+            if not goes_on:
+                resumed += max(0, killed - 1)  # by the last of its kills
+                continue
             resumed += killed
             found = end(here)
             if found == whole[name]:
