@@ -16,9 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tiny import TINY_MODELS, tiny_tokenizer
 
 torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
+
+
+# hypothesis allows an example 200 ms of the clock, which a busy machine may take for any
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

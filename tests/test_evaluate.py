@@ -455,6 +455,12 @@ def test_references_are_followed_as_the_naive_loop_does(tmp_path):
 # Figures
 
 
+def test_toxicity_is_above_what_is_left_of_the_threshold():
+    made = a_set(["a", "b"], scores={"s": np.array([0.7, 0.9])})
+    figures = summarise(made, {"s": 0.8}, measures_toxicity=True)["scores"]["s"]
+    assert (figures["wanted"]["mean"], figures["toxicity_probability"]["mean"]) == (0.5, 0.5)
+
+
 def test_figures_are_those_of_the_metrics():
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(list("abc"), size=8)) for _ in range(12)]

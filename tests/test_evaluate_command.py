@@ -180,6 +180,21 @@ def test_the_parquet_holds_ids_text_and_every_score(finished):
     assert not (folder / "parts").exists()
 
 
+def test_the_table_holds_the_figures_in_the_unit_that_it_names(finished):
+    _, results, table = finished
+    for label, key, form, factor in (
+        ("mean score", "mean", "{:.3f}", 1),
+        ("% not toxic", "wanted", "{:.1f}", 100),
+        ("average maximum toxicity", "average_maximum_toxicity", "{:.3f}", 1),
+    ):
+        row = next(line for line in table.splitlines() if label in line)
+        for scorer in ("vowels", "consonants"):
+            mean, low, high = (
+                form.format(factor * results["scores"][scorer][key][end]) for end in ("mean", "low", "high")
+            )
+            assert f"{mean} ({low} to {high})" in row, (label, scorer)
+
+
 def test_the_table_fits_80_columns(finished):
     _, _, table = finished
     assert max(map(len, table.splitlines()[1:])) <= 80  # the first names the model

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quark_lm.errors import ConfigError, DataError
+from quark_lm.evaluation import metrics
 from quark_lm.evaluation.metrics import (
     any_above_per_prompt,
     average_maximum,
@@ -263,9 +264,11 @@ def test_perplexity_worked_by_hand():
     assert (result.num_over_1e4, result.num_completions, result.num_missing) == (1, 3, 2)
 
 
-def test_a_perplexity_of_exactly_the_limit_is_trimmed():
-    below, at = 9_999.0, 1.0001e4
-    assert conditional_perplexity([math.log(below), math.log(at)], [1, 1]).trimmed_mean == pytest.approx(below)
+def test_a_perplexity_of_exactly_the_limit_is_trimmed(monkeypatch):
+    at = float(metrics.perplexities([2.0], [1])[0])
+    monkeypatch.setattr(metrics, "PERPLEXITY_LIMIT", at)
+    result = conditional_perplexity([1.0, 2.0], [1, 1])
+    assert (result.trimmed_mean, result.num_over_1e4) == (pytest.approx(math.e), 1)
 
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 20)), min_size=1, max_size=20))

@@ -23,10 +23,6 @@ from quark_lm.quantiles import (
     in_window,
 )
 
-# hypothesis allows an example 200 ms of the clock, which a busy machine may take for any
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
-
 floats = st.floats(-1e6, 1e6)
 few_values = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0])  # so that ties are common
 rewards_with_ties = st.lists(few_values, min_size=1, max_size=60).map(np.array)

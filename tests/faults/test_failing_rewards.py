@@ -41,8 +41,11 @@ def test_a_function_that_fails_is_one_line_and_when_it_is_mended_the_run_ends_as
     }
 
 
+works_again = threading.Event()
+
+
 def hangs(handler):
-    time.sleep(1.5)
+    works_again.wait(60)
 
 
 def closes(handler):
@@ -50,7 +53,7 @@ def closes(handler):
 
 
 SERVERS = {
-    "hangs": (hangs, "gave no answer within 0.5 s"),
+    "hangs": (hangs, "gave no answer within 5 s"),
     "429": (reply(429, b"slow \x1b[31mdown"), "answered 429 Too Many Requests"),
     "500": (reply(500, b"<script>oops</script>"), "answered 500 Internal Server Error"),
     "garbage": (reply(200, b"\x00\xff\x1b]0;title\x07"), "answered what is no JSON"),
@@ -63,7 +66,7 @@ def test_a_server_that_fails_is_one_line_and_when_it_works_again_the_run_ends_as
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        spec = f"http(url={server.url}, timeout=0.5, retries=0)"
+        spec = f"http(url={server.url}, timeout=5, retries=0)"
         changes = {"reward_funcs": spec, "eval_prompts": None, "eval_reward_funcs": None}
         argv = train(things, tmp_path / "run", **changes)
         for name, (fault, words) in SERVERS.items():
@@ -75,6 +78,7 @@ def test_a_server_that_fails_is_one_line_and_when_it_works_again_the_run_ends_as
         # 3 and 2 chunks of 8; one that failed is asked again, and no other
         assert len(server.requests) == 5 + len(SERVERS)
     finally:
+        works_again.set()
         server.shutdown()
         server.server_close()
     assert Pool.open(tmp_path / "run").to_table().column("reward").null_count == 0

@@ -39,7 +39,11 @@ def test_sigterm_in_any_phase_stops_with_its_message_and_the_run_ends_as_if_it_h
 def test_a_reward_that_hangs_is_left_by_a_second_signal_and_costs_its_chunk_alone(things, whole_end, tmp_path):
     rewards = tmp_path / "rewards.py"
     working = (things / "rewards.py").read_text()
-    hanging = 'def vowels(completions, **kwargs):\n    open(__file__ + ".begun", "w").close()\n    time.sleep(3600)\n'
+    hanging = (
+        "works, calls = vowels, []\ndef vowels(completions, **kwargs):\n    calls.append(1)\n"
+        "    if len(calls) == 2:\n        open(__file__ + '.begun', 'w').close()\n        time.sleep(3600)\n"
+        "    return works(completions)\n"
+    )
     argv = train(things, tmp_path / "run", reward_funcs=f"{rewards}:vowels", eval_prompts=None, eval_reward_funcs=None)
     rewards.write_text(working + hanging)
     command = Command(argv)
@@ -52,8 +56,12 @@ def test_a_reward_that_hangs_is_left_by_a_second_signal_and_costs_its_chunk_alon
     assert done.code == 130
     assert done.last.startswith("quark: interrupted.")
     kept = (tmp_path / "run" / "pool" / "round-00000.rank-0.partial.jsonl").read_text()
-    assert kept.count('"indices"') == 3  # all samples, and no reward
-    assert '"rewards"' not in kept
+    assert kept.count('"indices"') == 3  # all samples, and the first chunk's rewards
+    assert kept.count('"rewards"') == 1
+    rewards.write_text(working)
+    assert quark(argv).code == 0
+    told = end(tmp_path / "run")
+    assert (told["weights"], told["pool"]) == (whole_end["weights"], whole_end["pool"])
 
 
 def test_an_async_reward_that_hangs_is_left_too(things, tmp_path):
@@ -64,9 +72,9 @@ def test_an_async_reward_that_hangs_is_left_too(things, tmp_path):
     rewards = {"reward_funcs": f"{tmp_path / 'hang.py'}:hang", "eval_prompts": None, "eval_reward_funcs": None}
     command = Command(train(things, tmp_path / "run", **rewards))
     wait_for((tmp_path / "begun").exists)
-    for _ in range(2):
-        time.sleep(0.2)
-        os.kill(command.process.pid, signal.SIGINT)
+    os.kill(command.process.pid, signal.SIGINT)
+    wait_for(lambda: "Once more stops at once" in command.err)
+    os.kill(command.process.pid, signal.SIGINT)
     assert command.wait(60).code == 130
 
 

@@ -75,7 +75,7 @@ def started(tmp_path_factory):
 
 
 def wait(process, folder):
-    assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-6000:]
+    assert process.wait(timeout=900) == 0, (folder / "log.txt").read_text()[-6000:]
     return folder
 
 

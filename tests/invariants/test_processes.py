@@ -227,13 +227,13 @@ def test_what_accelerate_launch_was_told_is_looked_at_too(names, told, tmp_path,
 @pytest.mark.filterwarnings("ignore:The reward tokens")
 def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, capsys):
     folder, process = run
-    assert process.wait(timeout=300) == 1
+    assert process.wait(timeout=900) == 1
     after = time.time() - (folder / "died").stat().st_mtime
     log = (folder / "run.txt").read_text()
     # gloo may abort the rank that is left before torchrun has looked at the one that was killed
     assert re.search("was killed by SIG(KILL|ABRT), so the others were stopped", log)
     assert "Traceback" not in log
-    assert after < 60  # of a machine that may be busy; a second or two of an idle one
+    assert after < 120  # of a machine that may be busy; a second or two of an idle one
     assert sorted(path.name for path in (folder / "run").glob("checkpoint-*")) == ["checkpoint-3"]
     assert not (folder / "run" / "results.json").exists()
 
@@ -249,7 +249,7 @@ def test_a_process_that_dies_ends_the_run_and_two_nodes_go_on(run, monkeypatch, 
     monkeypatch.syspath_prepend(ROOT / "tests" / "invariants")
     assert main(["train", *flags(folder, "one", 8)]) == 0  # meanwhile, in one process
     try:
-        codes = [node.wait(timeout=300) for node in nodes]
+        codes = [node.wait(timeout=900) for node in nodes]
     finally:
         for node in nodes:
             node.terminate()
@@ -286,14 +286,14 @@ def test_what_fails_one_process_on_held_out_prompts_ends_all_and_loses_no_learni
     (folder / "fails").touch()
     process = started(folder, reward, reward, accelerate)
     try:
-        assert process.wait(timeout=300) == 2
+        assert process.wait(timeout=900) == 2
         log = (folder / f"{reward}.txt").read_text()
         assert "Traceback" not in log
         assert re.search(f"^quark: .*{words}", log, re.MULTILINE)  # the first process tells it, of the second
         assert [path.name for path in (folder / reward).glob("checkpoint-*")] == ["checkpoint-3"]
         (folder / "fails").unlink()
         process = started(folder, reward, reward, accelerate)
-        assert process.wait(timeout=300) == 0, (folder / f"{reward}.txt").read_text()
+        assert process.wait(timeout=900) == 0, (folder / f"{reward}.txt").read_text()
     finally:
         process.terminate()
         process.wait()
