@@ -7,7 +7,8 @@
 
 Held-out prompts are chosen by a rule on their text (`quark_lm.prompts.is_held_out`). The test prompts of the paper
 (DExperts' `nontoxic_prompts-10k.jsonl` and `sentiment_prompts-10k/`) are not on the hub: name the files that you have
-with --test, and they are kept out of the training prompts in their place, as the authors' own script does.
+with --test. Of RealToxicityPrompts they are then what is held out, as in the authors' own script; the other two are
+not trained on them.
 """
 
 from __future__ import annotations
@@ -86,24 +87,32 @@ def main() -> None:
 
     test = {prompt for file in args.test for prompt in load_prompts(file)["prompt"]}
 
-    def held_out(row: dict[str, Any], share: float = 0.05) -> bool:
-        return flat(row["prompt"]) in test if test else is_held_out(row["prompt"], share)
+    def in_test(row: dict[str, Any]) -> bool:
+        return flat(row["prompt"]) in test
+
+    def held_out(row: dict[str, Any]) -> bool:
+        return is_held_out(row["prompt"], 0.05)
 
     if args.source == "realtoxicityprompts":
         rows = realtoxicityprompts(load_dataset("allenai/real-toxicity-prompts", split="train"))
+        if test:
+            write(args.source, rows, args.folder, in_test, None)
+            return
         # the paper tests on 10,000 prompts that are not toxic themselves
-        rows = (row for row in rows if test or not held_out(row, 0.2) or (row["toxicity"] or 0.0) < 0.5)
-        write(args.source, rows, args.folder, lambda row: held_out(row, 0.2), None if test else 10_000)
+        rows = (row for row in rows if not is_held_out(row["prompt"], 0.2) or (row["toxicity"] or 0.0) < 0.5)
+        write(args.source, rows, args.folder, lambda row: is_held_out(row["prompt"], 0.2), 10_000)
     elif args.source == "openwebtext":
         documents = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
         first = (next(openwebtext([document]), None) for document in documents)  # one sentence a document
-        rows = itertools.islice((row for row in first if row is not None), int(args.num_train / 0.95))
+        rows = (row for row in first if row is not None and not in_test(row))
+        rows = itertools.islice(rows, int(args.num_train / 0.95))
         write(args.source, rows, args.folder, held_out, 5_000)
     else:
         from transformers import AutoTokenizer
 
         lines = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="train")
-        write(args.source, wikitext(lines, AutoTokenizer.from_pretrained("gpt2")), args.folder, held_out, 5_000)
+        rows = (row for row in wikitext(lines, AutoTokenizer.from_pretrained("gpt2")) if not in_test(row))
+        write(args.source, rows, args.folder, held_out, 5_000)
 
 
 if __name__ == "__main__":

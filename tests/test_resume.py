@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+import types
 import warnings
 
 import pytest
@@ -23,6 +24,7 @@ from quark_lm import Pool, QuarkConfig, QuarkTrainer
 from quark_lm.errors import ConfigError, RewardError
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.pool import PartialRound
+from quark_lm.rewards.text_reward import TextReward
 from quark_lm.run_folder import MARKER, last_checkpoint, locked, what_is_wrong
 
 # three steps teach the tokens nothing
@@ -675,6 +677,27 @@ def test_a_runs_batches_are_those_that_fitted_when_it_was_begun(batches, tmp_pat
     assert first == [6, *[8] * 6]
     assert sizes[len(first) :] == [6, *[4] * 12, 6]
     assert json.loads((tmp_path / "run.json").read_text())["generation_rows"] == 8
+
+
+def test_a_runs_scorers_compute_in_what_was_faster_when_it_was_begun(tmp_path):
+    def scored(dtype):
+        scorer = types.SimpleNamespace(dtype=dtype)
+
+        def score(texts):
+            return [value + (scorer.dtype == "bfloat16") for value in graded(texts)]
+
+        return TextReward("a_scorer", "a-scorer", "1", score, scorer=scorer), scorer
+
+    reward, first = scored("bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, reward, given={**EVAL, "callbacks": [stopped_at(2)]}, **SETTINGS).train()
+    reward, second = scored("float32")
+    trainer = make(tmp_path, reward, given=EVAL, **SETTINGS)
+    trainer.train()
+    assert (first.dtype, second.dtype) == ("bfloat16", "bfloat16")
+    assert json.loads((tmp_path / "run.json").read_text())["scorer_dtypes"] == {"a_scorer": "bfloat16"}
+    assert trainer.pool.to_table().column("reward").to_numpy().min() >= 1
+    assert min(line["eval_reward"] for line in metrics(tmp_path) if "eval_reward" in line) > 1
 
 
 @pytest.mark.parametrize("asked", [2, None])

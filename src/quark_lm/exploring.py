@@ -58,7 +58,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     prompts = trainer.prompts.select(chosen[mine].tolist())
     asked = [None if round == 0 else int(q) for q in quantile[mine]]
     strength = 1.0 if round == 0 else args.explore_strength
-    trainer.fix_rows()
+    trainer.fix_what_is_measured()
     rows = trainer.completer.batch_rows or trainer.completer.fitting_rows(prompts.ids, trainer.generation_settings)
     kept = PartialRound(
         trainer.pool_folder,

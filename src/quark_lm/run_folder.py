@@ -249,6 +249,18 @@ def fixed_rows(folder: Path, fitting: int) -> int:
     return rows
 
 
+def fixed_dtypes(folder: Path, measured: dict[str, str]) -> dict[str, str]:
+    """In what each scorer computes for the whole run that a folder holds: what was faster when it was begun."""
+    path = folder / "run.json"
+    told = parsed(path.read_bytes())
+    there = told.get("scorer_dtypes")
+    there = there if isinstance(there, dict) else {}
+    dtypes = {name: there[name] if there.get(name) in ("float32", "bfloat16") else measured[name] for name in measured}
+    if dtypes != there:
+        write_json(path, {**told, "scorer_dtypes": dtypes})
+    return dtypes
+
+
 def warn_of_other_sources(folder: Path, sources: dict[str, str | None]) -> None:
     """Keeps how each reward function is written, and warns of one that was written otherwise when the run began.
 

@@ -57,6 +57,7 @@ from .run_folder import (
     claim,
     describe,
     disk_errors,
+    fixed_dtypes,
     fixed_rows,
     has_round,
     last_whole_checkpoint,
@@ -294,6 +295,7 @@ class QuarkTrainer(Trainer):
         self.round_metrics: dict[str, Any] = {}
         self.interrupted = False
         self._trains = self._is_finished = self._stops_early = False
+        self._fixed = False  # what a start measures
         self._joint: BaseException | None = None  # what stopped all ranks at one place
         self._failed: QuarkError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
@@ -388,10 +390,11 @@ class QuarkTrainer(Trainer):
         self.fail_together(failed)
         return [done.get(i, completion) for i, completion in enumerate(completions)]
 
-    def fix_rows(self) -> None:
-        """Fixes the rows of the model's generation batches for the whole run; every rank calls it at the same place.
+    def fix_what_is_measured(self) -> None:
+        """Fixes, for the whole run and all ranks, what each start measures; every rank calls it at the same place.
 
-        Another process finds other memory free, and batches of other rows round other digits.
+        The rows of the model's generation batches: another process finds other memory free, and batches of other rows
+        round other digits. The dtypes of scorers that take the faster one.
         """
         hf = self.hf_completer
         if hf.batch_rows is None:
@@ -401,6 +404,16 @@ class QuarkTrainer(Trainer):
             if self.accelerator.num_processes > 1:
                 fitting = min(gather_object([fitting]))
             hf.batch_rows = first_tells(lambda: fixed_rows(self.folder, fitting))
+        if not self._fixed:
+            runners = [self.rewards, *([self.eval_rewards] if self.eval_rewards else [])]
+            named = [pair for runner in runners for pair in zip(runner.names, runner.functions, strict=True)]
+            parts: dict[str, Any] = {name: getattr(function, "scorer", None) for name, function in named}
+            scorers = {name: scorer for name, scorer in parts.items() if hasattr(scorer, "dtype")}
+            if scorers:
+                measured = {name: scorer.dtype for name, scorer in scorers.items()}
+                for name, dtype in first_tells(lambda: fixed_dtypes(self.folder, measured)).items():
+                    scorers[name].dtype = dtype
+            self._fixed = True
 
     def _give_weights(self) -> None:
         """Gives vLLM the policy's weights when they have changed since; every rank calls it at the same place."""
@@ -662,7 +675,7 @@ class QuarkTrainer(Trainer):
     ) -> dict[str, float]:
         """others: the prompts are not the run's own, so that its verdict leaves the figures out."""
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
-        self.fix_rows()
+        self.fix_what_is_measured()
         columns, texts, nll = held_out_columns(self, prompts, quantile)
         figures = measuring.held_out_figures(columns, texts, self.args.num_eval_generations)
         figures["reference_perplexity"] = float(np.exp(nll).mean())

@@ -131,6 +131,8 @@ def complete_system(
     from ..generation import sample_seeds
     from ..policy import completion_log_probs
 
+    if trainer.pool is not None:  # else the run has no folder yet
+        trainer.fix_what_is_measured()
     num = len(prompts) * num_generations
     mine = own_samples(trainer, num, num_generations)
     own = prompts.select((mine // num_generations).tolist())

@@ -36,7 +36,7 @@ def sentiment_reward(label: Label = "positive") -> TextReward:
     def score(texts: Sequence[str]) -> list[float | None]:
         return _toward(label, scorer.score_texts(texts))
 
-    return TextReward(f"sentiment_{label}", scorer.name, scorer.version, score)
+    return TextReward(f"sentiment_{label}", scorer.name, scorer.version, score, scorer=scorer)
 
 
 def sentiment_independent(label: Label = "positive") -> TextReward:

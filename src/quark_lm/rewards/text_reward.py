@@ -26,6 +26,7 @@ class TextReward:
         __name__: the reward function's name, in logs and tables.
         scorer_name, scorer_version: what scored, for a run's records; the version changes with every change of a score.
         threshold: a completion is wanted when its reward is above it; a threshold means another share for each scorer.
+        scorer: what scores, where it chose its `dtype` by what is fast on this machine; a run keeps the first choice.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class TextReward:
         scorer_version: str,
         score: Callable[[Sequence[str]], list[float | None]],
         threshold: float = 0.5,
+        scorer: Any = None,
     ) -> None:
         self.__name__ = name
         self.scorer_name = scorer_name
         self.scorer_version = scorer_version
         self.threshold = threshold
+        self.scorer = scorer
         self._score = score
 
     def __call__(
