@@ -78,6 +78,7 @@ def run(task: str, seed: int, args: argparse.Namespace, settings: dict[str, Any]
         + (" --data DIR" if "openwebtext" in results else "")
         + (" --train openwebtext" if args.train == "openwebtext" else "")
         + (f" --model {args.model}" if args.model != "smollm2" else "")
+        + (f" --name {args.name}" if args.name else "")
         + "".join(f" --set {k}={v!r}" for k, v in settings.items()),
         "training_seconds": [int(line) for line in seconds.read_text().split()],
         "rounds": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
