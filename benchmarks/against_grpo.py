@@ -123,8 +123,8 @@ class Measure(TrainerCallback):
 def quark(args: argparse.Namespace, folder: Path) -> Measure:
     """Our default at the demo's strength of exploring, under the adapter that GRPO gets too."""
     texts = list(TASKS[args.task].tags)
-    strength = {"explore_strength": args.explore_strength}
-    return _quark(args, folder, LoraConfig(**LORA), top_p=0.95, reward_token_texts=texts, **strength)
+    settings = {"explore_strength": args.explore_strength, "best_share": args.best_share}
+    return _quark(args, folder, LoraConfig(**LORA), top_p=0.95, reward_token_texts=texts, **settings)
 
 
 def authors(args: argparse.Namespace, folder: Path) -> Measure:
@@ -271,6 +271,7 @@ def main(other: str = "grpo", name: str = "against_grpo", about: str | None = No
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--explore-strength", type=float, default=3.0, help="the dial while Quark explores")
+    parser.add_argument("--best-share", type=float, default=0.75, help="of Quark's draws, those of the best quantile")
     parser.add_argument("--grpo-learning-rate", type=float, default=1e-4)
     parser.add_argument("--grpo-beta", type=float, default=0.0, help="TRL's default")
     parser.add_argument("--grpo-generations", type=int, default=8, help="TRL's default")

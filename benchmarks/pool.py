@@ -99,7 +99,7 @@ def part(name: str, folder: Path, rows: int) -> dict[str, float]:
         return measured(lambda: quantiles.assign(values, 5), 5)
     if name == "draw":
         assigned = quantiles.assign(rewards(rows), 5)
-        return measured(lambda: quantiles.draw(assigned, 64_000, 0, 3, "ends", 5))
+        return measured(lambda: quantiles.draw(assigned, 64_000, 0, 3, "ends", 5, best_share=0.75))
     if name == "open":
         return measured(lambda: Pool.open(folder), 1)
     pool = Pool.open(folder)

@@ -51,7 +51,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "tag of one word": {"reward_token_texts": WORDS},
     },
     "position": {"tag before the completion": {"reward_token_position": "before_completion"}},
-    "draw": {"all quantiles": {"draw": "all"}, "balanced": {"draw": "balanced"}, "best only": {"draw": "best"}},
+    "draw": {
+        "all quantiles": {"draw": "all"},
+        "balanced": {"draw": "balanced"},
+        "best only": {"draw": "best"},
+        "three draws in four of the best": {"best_share": 0.75},
+    },
     "quantiles": {
         "K = 2": {"num_quantiles": 2, "reward_token_texts": [TASK.tags[0], TASK.tags[-1]]},
         "K = 3": {"num_quantiles": 3, "reward_token_texts": list(TASK.tags[::2])},
@@ -72,6 +77,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def in_equal_parts(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the two ends drawn equally often, the default before what these trials found."""
+    return {**({"best_share": 0.5} if settings.get("draw", "ends") == "ends" else {}), **settings}
+
+
 def make_pool(folder: Path, model: str) -> Dataset:
     """The base model's samples of the demo's training prompts with their rewards, made once."""
     path = folder / "pool.jsonl"
@@ -87,7 +97,7 @@ def make_pool(folder: Path, model: str) -> Dataset:
 
 
 def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace, pool: Dataset) -> dict[str, Any]:
-    settings = dict(settings)
+    settings = in_equal_parts(settings)
     num = settings.pop("num_samples", len(pool))
     rows = np.random.default_rng(seed).permutation(len(pool))[:num]
     folder = args.runs / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
@@ -149,6 +159,8 @@ def run_trials(
     parser.add_argument("--results", type=Path, default=results, help="one file a process, where several share a GPU")
     parser.add_argument("--table", action="store_true", help="print what was found, run nothing")
     args = parser.parse_args()
+    if args.results != results and args.runs == parser.get_default("runs"):
+        parser.error("--results is for one of several processes, which needs --runs of its own too")
     results = args.results
     found = json.loads(results.read_text()) if results.exists() else []
     if args.table:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablations import COMMON, TASK, run_trials
+from ablations import COMMON, TASK, in_equal_parts, run_trials
 
 from quark_lm import demo
 from quark_lm.evaluation.evaluate import Completions, measure_systems
@@ -49,7 +49,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "random token (the paper's losing one)": {**PLAIN, "explore_token": "random"},
         "guided at 4": {"explore_strength": 4.0},
     },
-    "draw": {"all quantiles (the paper's)": {"draw": "all"}, "best quantile only": {"draw": "best"}},
+    "draw": {
+        "all quantiles (the paper's)": {"draw": "all"},
+        "best quantile only": {"draw": "best"},
+        "three draws in four of the best": {"best_share": 0.75},
+    },
     "beta": {"beta 0.2": {"beta": 0.2}, "beta 0": {"beta": 0.0}},
     "quantiles, all drawn": {
         "K = 2": {"draw": "all", "num_quantiles": 2, "reward_token_texts": [TASK.tags[0], TASK.tags[-1]]},
@@ -95,6 +99,7 @@ def keeping(reward: Callable[..., list[float | None]], keep: str, each: int) -> 
             out[best] = values[best]
         return out
 
+    kept.scorer = getattr(reward, "scorer", None)  # type: ignore[attr-defined]  # whose dtype the run keeps
     return kept
 
 
@@ -105,7 +110,7 @@ def counts(result: Completions, scorer: str, wanted: Callable[[list[float | None
 
 
 def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace, pool: Any) -> dict[str, Any]:
-    settings = dict(settings)
+    settings = in_equal_parts(settings)
     keep, temperature = settings.pop("keep", None), settings.pop("explore_temperature", None)
     rows = np.random.default_rng(seed).permutation(len(pool))[:NUM_SAMPLES]
     folder = args.runs / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}"

@@ -102,7 +102,7 @@ REFUSED = [
     ({"token_dropout": 1.0}, r"token_dropout=1.0 is not a share"),
     ({"heldout_share": -0.1}, r"heldout_share=-0.1 is not a share"),
     *[({"best_share": s}, "would leave draw='ends' one end") for s in (0.0, 1.0, 0.05, float("nan"))],
-    ({"best_share": 0.75, "draw": "all"}, "best_share=0.75 is a share of the two ends, and draw='all'"),
+    ({"best_share": 0.5, "draw": "all"}, "best_share=0.5 is a share of the two ends, and draw='all'"),
     ({"dial_min_p": 1.0}, "dial_min_p=1.0 is no share of the likeliest token's probability"),
     ({"dial_min_p": 0.1, "explore_strength": 1.0}, "dial_min_p=0.1 would do nothing with explore_strength=1.0"),
     ({"explore_strength": float("inf")}, "explore_strength=inf is not a number"),

@@ -78,6 +78,17 @@ def test_an_adapter_is_merged_and_the_given_model_stays_as_it_was(kind, style, t
     torch.testing.assert_close(logits(loaded, tokens), before, atol=1e-4, rtol=0)
 
 
+def test_what_a_bfloat16_model_keeps_in_float32_stays_so_when_its_adapter_is_merged():
+    base = tiny_llama().to(torch.bfloat16)
+    base.model.rotary_emb.inv_freq = inv_freq = 1.0 / 10_000 ** (torch.arange(4) / 4)  # as from_pretrained leaves it
+    base.model.norm.to(torch.float32)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False)
+    merged = export._merged(export._copied(peft.get_peft_model(base, config)))
+    assert torch.equal(merged.model.rotary_emb.inv_freq, inv_freq)
+    dtypes = {name: weight.dtype for name, weight in merged.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype != torch.bfloat16} == {"model.norm.weight"}
+
+
 @pytest.mark.parametrize("style", ["text", "embedding"])
 @pytest.mark.parametrize("kind", ["gpt2-tied", "llama-untied"])
 def test_an_adapter_checkpoint_of_a_run_is_loaded_onto_its_base(kind, style, tmp_path):

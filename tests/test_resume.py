@@ -513,6 +513,19 @@ def test_a_users_own_scored_data_that_is_better_than_the_model_ends_no_run(tmp_p
     assert trainer.state.global_step == 6
 
 
+def test_a_run_from_before_there_was_a_best_share_drew_both_ends_equally(tmp_path):
+    make(tmp_path, best_share=0.5).explore(0)
+    path = tmp_path / "run.json"
+    identity = json.loads(path.read_text())
+    del identity["best_share"]
+    path.write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match=r"best_share: 0\.5 there, 0\.75 here"):
+        make(tmp_path).open_pool()
+    make(tmp_path, best_share=0.5).open_pool()
+    make(tmp_path / "all", draw="all").explore(0)
+    assert "best_share" not in json.loads((tmp_path / "all" / "run.json").read_text())
+
+
 def test_the_best_rounds_checkpoint_stays(tmp_path):
     values = iter([0.0, 0.1, 0.9, 0.5, 0.4, 0.3])  # the base's, then each round's
 
@@ -681,7 +694,7 @@ def test_a_runs_batches_are_those_that_fitted_when_it_was_begun(batches, tmp_pat
 
 def test_a_runs_scorers_compute_in_what_was_faster_when_it_was_begun(tmp_path):
     def scored(dtype):
-        scorer = types.SimpleNamespace(dtype=dtype)
+        scorer = types.SimpleNamespace(dtype=dtype, measures_dtype=True)
 
         def score(texts):
             return [value + (scorer.dtype == "bfloat16") for value in graded(texts)]

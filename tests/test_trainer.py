@@ -1027,6 +1027,7 @@ def test_tokens_that_mean_something_have_a_high_auc(tmp_path):
         max_completion_length=1,
         learning_rate=1e-2,
         draw="ends",
+        best_share=0.5,
     )
     trainer.train()
     before, after = (

@@ -265,7 +265,7 @@ class QuarkConfig(TrainingArguments):
         },
     )
     best_share: float = field(
-        default=0.5, metadata={"help": "With draw='ends': the share of a step's rows that are of the best quantile."}
+        default=0.75, metadata={"help": "With draw='ends': the share of a step's rows that are of the best quantile."}
     )
     heldout_share: float = field(
         default=0.1,
@@ -521,7 +521,7 @@ class QuarkConfig(TrainingArguments):
                 f"best_share={self.best_share} would leave draw='ends' one end. Set it from 0.0625 to 0.9375, or"
                 " draw='best'."
             )
-        if self.best_share != 0.5 and self.draw != "ends":
+        if self.best_share != type(self).best_share and self.draw != "ends":
             raise ConfigError(
                 f"best_share={self.best_share} is a share of the two ends, and draw={self.draw!r} draws others. Leave"
                 " it out, or set draw='ends'."

@@ -362,8 +362,8 @@ def measure(
 
 _TOLD = (
     "num_rounds", "steps_per_round", "prompts_first_round", "prompts_per_round", "num_generations",
-    "per_device_train_batch_size", "learning_rate", "beta", "kl_direction", "draw", "explore_strength", "num_quantiles",
-    "reward_token_style", "temperature", "top_p",
+    "per_device_train_batch_size", "learning_rate", "beta", "kl_direction", "draw", "best_share", "explore_strength",
+    "num_quantiles", "reward_token_style", "temperature", "top_p",
 )  # fmt: skip
 
 

@@ -196,19 +196,28 @@ def _merged(model: Any) -> Any:
     """The base model with the adapter's weights added in; the given model is used up."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    dtype = model.get_base_model().dtype
-
     def merge(layer: BaseTunerLayer, **options: Any) -> None:
         # in float32: a bfloat16 sum would round the update as well as its result; a layer at a time, since the whole
         # model in float32 is twice a bfloat16 one
+        dtypes = [weight.dtype for weight in layer.get_base_layer().parameters()]
         layer.float()
         type(layer).merge(layer, **options)
-        layer.to(dtype)
+        for weight, dtype in zip(layer.get_base_layer().parameters(), dtypes, strict=True):
+            weight.data = weight.data.to(dtype)
 
+    dtypes = {_without_wrappers(name): weight.dtype for name, weight in model.get_base_model().named_parameters()}
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge = functools.partial(merge, layer)  # which merge_and_unload calls
-    return model.merge_and_unload().to(dtype)
+    merged = model.merge_and_unload()
+    for name, weight in merged.named_parameters():  # modules_to_save learn in float32
+        weight.data = weight.data.to(dtypes.get(name, weight.dtype))
+    return merged
+
+
+def _without_wrappers(name: str) -> str:
+    """A weight's name before PEFT put layers around it."""
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

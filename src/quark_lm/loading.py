@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -118,8 +117,9 @@ def _check_whole(model: Any) -> None:
 def check_fresh(model: Any) -> None:
     """Refuses a model whose adapter was trained: with the adapter off, the reference would be another model.
 
-    Raises: ModelError.
+    Raises: ModelError; ConfigError for one that could not be merged.
     """
+    _check_mergeable(model)
     with_adapter = _states(model)
     with model.disable_adapter():
         without = _states(model)
@@ -173,13 +173,7 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardToken
     before = _states(model)
     torch.manual_seed(seed)  # the adapter's first weights too depend on the run's seed alone
     adapted = get_peft_model(model, config)
-    modules: Iterator[Any] = adapted.modules()
-    learned = [module for module in modules if any(getattr(module, "lora_bias", {}).values())]
-    if any(getattr(layer.get_base_layer(), "bias", None) is None for layer in learned):
-        raise ConfigError(
-            "peft_config.lora_bias=True trains a bias for layers that have none, which could not take it in when the"
-            " trained model is saved as an ordinary one. Leave it False."
-        )
+    _check_mergeable(adapted)
     with adapted.disable_adapter():
         after = _states(adapted)
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
@@ -189,6 +183,20 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, tokens: RewardToken
             " init_lora_weights=True."
         )
     return adapted
+
+
+def _check_mergeable(adapted: Any) -> None:
+    """Raises: ConfigError for an adapter that the weights could not take in when the run ends."""
+    from .export import on_quantized
+
+    if on_quantized(adapted):  # it is then saved by itself
+        return
+    learned = [module for module in adapted.modules() if any(getattr(module, "lora_bias", {}).values())]
+    if any(getattr(layer.get_base_layer(), "bias", None) is None for layer in learned):
+        raise ConfigError(
+            "peft_config.lora_bias=True trains a bias for layers that have none, which could not take it in when the"
+            " trained model is saved as an ordinary one. Leave it False."
+        )
 
 
 def keep_rows_apart(model: Any) -> None:

@@ -148,12 +148,14 @@ def draw(
         mode: "all" draws uniformly, as in the paper; "balanced" equally often from each quantile that holds a sample;
             "ends" from the worst and the best (from one of them if the other is empty); "best" from the best only.
         attribute: by whose quantiles, where several are ranked apart: each draws by random numbers of its own.
-        best_share: what "ends" draws from the best, to the next sixteenth.
+        best_share: what "ends" draws from the best; the nearest fraction with a denominator of at most 16.
     Returns: int64 (num_draws,), indices into `quantiles`.
-    Raises: DataError when no row is left to draw; ConfigError for an unknown mode.
+    Raises: DataError when no row is left to draw; ConfigError for an unknown mode or share.
     """
     if mode not in DRAW_MODES:
         raise ConfigError(f"draw={mode!r} is not a way to draw samples. Choose one of {', '.join(DRAW_MODES)}.")
+    if not 1 / 16 <= best_share <= 15 / 16:
+        raise ConfigError(f"best_share={best_share} would leave draw='ends' one end. Set it from 0.0625 to 0.9375.")
     quantiles = np.asarray(quantiles)
     of_a_run = [1] * num_quantiles  # draws of each stratum
     if mode == "all":
@@ -162,7 +164,7 @@ def draw(
         wanted = {"balanced": range(num_quantiles), "ends": (0, num_quantiles - 1), "best": (num_quantiles - 1,)}[mode]
         strata = [np.flatnonzero(quantiles == quantile) for quantile in wanted]
         if mode == "ends":
-            share = Fraction(best_share).limit_denominator(16)
+            share = Fraction(float(best_share)).limit_denominator(16)
             of_a_run = [share.denominator - share.numerator, share.numerator]
     # Each stratum keeps its own stream, so that an empty one does not move the others.
     streams = [(number, rows) for number, rows in enumerate(strata) if len(rows)]

@@ -96,6 +96,8 @@ def counting_settings(args: QuarkConfig, total_batch: int) -> dict[str, Any]:
     told = args.to_dict()
     names = [name for name in (*quark_fields(), *_COUNTING) if name not in _NOT_COUNTING]
     out = {name: told[name] for name in dict.fromkeys(names) if name in told} | {"total_batch": total_batch}
+    if args.draw != "ends":
+        out.pop("best_share", None)  # it draws nothing
     if str(told["lr_scheduler_type"]).split(".")[-1].lower() not in ("constant", "constant_with_warmup"):
         out["num_rounds"] = args.num_rounds  # the schedule ends with the run, so a longer run is another one
     return out
@@ -191,6 +193,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
                 f"{path} is damaged, so it cannot be told whose run this is. Restore it from a copy, or choose another"
                 " output_dir."
             ) from None
+        if there.get("draw") == "ends":
+            there.setdefault("best_share", 0.5)  # before there was such a field
         # what only one of the two names came with another version, and is no difference
         differing = [key for key in sorted(set(there) & set(identity)) if there[key] != identity[key]]
         begun = _begun(folder)
@@ -204,7 +208,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
                     warnings.warn(
                         f"{num:,} samples that were kept in {folder} are scored by the other reward.", stacklevel=4
                     )
-            write_json(path, identity)
+            measured = {key: there[key] for key in ("generation_rows", "scorer_dtypes") if begun and key in there}
+            write_json(path, {**measured, **identity})
         elif differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {identity.get(key)!r} here" for key in differing[:3])
             raise ConfigError(

@@ -48,7 +48,7 @@ from .progress import Display, LearnBar
 from .prompts import EncodedPrompts, checked, encode
 from .reward_tokens import RewardTokens
 from .rewards import load_reward
-from .rewards.runner import RewardRunner
+from .rewards.runner import RewardRunner, without_partial
 from .rounds import Draws, Rounds
 from .run_folder import (
     MARKER,
@@ -407,8 +407,8 @@ class QuarkTrainer(Trainer):
         if not self._fixed:
             runners = [self.rewards, *([self.eval_rewards] if self.eval_rewards else [])]
             named = [pair for runner in runners for pair in zip(runner.names, runner.functions, strict=True)]
-            parts: dict[str, Any] = {name: getattr(function, "scorer", None) for name, function in named}
-            scorers = {name: scorer for name, scorer in parts.items() if hasattr(scorer, "dtype")}
+            parts: dict[str, Any] = {name: getattr(without_partial(f), "scorer", None) for name, f in named}
+            scorers = {name: scorer for name, scorer in parts.items() if getattr(scorer, "measures_dtype", False)}
             if scorers:
                 measured = {name: scorer.dtype for name, scorer in scorers.items()}
                 for name, dtype in first_tells(lambda: fixed_dtypes(self.folder, measured)).items():

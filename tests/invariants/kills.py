@@ -228,6 +228,8 @@ def main() -> None:
                 story.append(what)
                 kind = "a random moment" if arm is None else what.rstrip("0123456789 ")
                 hit[kind] = hit.get(kind, 0) + 1
+            if not killed and not goes_on:
+                break  # without a kill it would end so for ever
             if not goes_on:
                 resumed += max(0, killed - 1)  # by the last of its kills
                 continue

@@ -78,7 +78,8 @@ class MiniLMScorer:
         self._head = merge_adapter(self._encoder, path)
         self._encoder.to(self.device).eval()
         self._head.to(self.device).eval()
-        self.dtype = self._faster_dtype() if dtype == "auto" else dtype
+        self.measures_dtype = dtype == "auto"  # by what is fast here; a run then keeps its first choice
+        self.dtype = self._faster_dtype() if self.measures_dtype else dtype
 
     def score_texts(self, texts: Sequence[str]) -> list[float | None]:
         """P(label) of each text, in the order given; None for a text without a word."""

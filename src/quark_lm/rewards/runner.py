@@ -441,19 +441,19 @@ def _state_at_start() -> Any:
 # Names
 
 
-def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
     return function
 
 
 def _name(function: Callable[..., Any]) -> str:
-    function = _without_partial(function)
+    function = without_partial(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _told(function: Callable[..., Any]) -> str:
-    function = _without_partial(function)
+    function = without_partial(function)
     name = getattr(function, "told_as", None) or getattr(function, "scorer_name", None)
     if name is not None:
         return f"{name} {getattr(function, 'scorer_version', '')}".strip()
@@ -464,7 +464,7 @@ def _told(function: Callable[..., Any]) -> str:
 
 def _source(function: Callable[..., Any]) -> str | None:
     try:
-        source = inspect.getsource(inspect.unwrap(_without_partial(function)))
+        source = inspect.getsource(inspect.unwrap(without_partial(function)))
         return hashlib.sha256(source.encode()).hexdigest()[:12]
     except (OSError, TypeError):  # typed into an interpreter, or an object
         return None

@@ -26,7 +26,7 @@ class TextReward:
         __name__: the reward function's name, in logs and tables.
         scorer_name, scorer_version: what scored, for a run's records; the version changes with every change of a score.
         threshold: a completion is wanted when its reward is above it; a threshold means another share for each scorer.
-        scorer: what scores, where it chose its `dtype` by what is fast on this machine; a run keeps the first choice.
+        scorer: what scores, if that is an object.
     """
 
     def __init__(
