@@ -89,7 +89,6 @@ TASKS = {
             "top_p": 0.95,
             # fewer samples of the base model are memorised in the first round
             "prompts_first_round": 2000,
-            "steps_per_round": 35,  # 25 leave it where four rounds at 2 do; a fourth round explores drifted text
         },
         {"max_completion_length": 16, "top_p": 0.95},
     ),
@@ -114,6 +113,7 @@ TASKS = {
             "quantile_scope": "prompt",
             # its tokens mean little for two rounds: asked for at 3 or more, the third explores text of no use
             "explore_strength": 2.0,
+            "best_share": 0.5,
             "num_rounds": 4,
             "steps_per_round": 30,
             "prompts_first_round": 192,
