@@ -10,7 +10,6 @@ an evaluation writes, its journal with an fsync a batch, every metric and every 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import tell
 
 from quark_lm.evaluate_command import EvaluationRun, Request
 from quark_lm.generation import complete_all, sample_seeds
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.policy import Head, completion_log_probs
-from quark_lm.run_folder import hardware
 from quark_lm.steering import eos_ids
 
 
@@ -124,7 +123,7 @@ def main() -> None:
                 wholes.append(seconds)
                 alones.append(total)
                 passes.append(of_passes)
-    result = {
+    figures = {
         "name": "evaluate",
         "ratio": statistics.median(a / b for a, b in zip(wholes, alones, strict=True)),
         "median_seconds": {
@@ -133,14 +132,8 @@ def main() -> None:
             **{name: statistics.median(p[name] for p in passes) for name in passes[0]},
         },
         "completions": args.prompts * args.num_generations,
-        "settings": {k: v for k, v in vars(args).items() if k != "json"},
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "torch": torch.__version__,
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(figures, args)
 
 
 if __name__ == "__main__":

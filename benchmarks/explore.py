@@ -7,18 +7,17 @@ python benchmarks/explore.py --model HuggingFaceTB/SmolLM2-135M
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from report import tell
 
 from quark_lm.demo import demo_prompts
 from quark_lm.generation import GenerationSettings, sample_seeds
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.packaged import fastest_dtype, load_model
-from quark_lm.run_folder import hardware
 
 
 def main() -> None:
@@ -75,18 +74,12 @@ def main() -> None:
                     torch.cuda.synchronize()
                 if repeat:  # the first is the warm-up
                     speeds[name].append(tokens / (time.perf_counter() - started))
-    result = {
+    figures = {
         "name": "explore",
         "ratio": statistics.median(a / b for a, b in zip(speeds["quark"], speeds["generate"], strict=True)),
         "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
-        "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"dtype": str(dtype)},
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "torch": torch.__version__,
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(figures, args, dtype=str(dtype))
 
 
 if __name__ == "__main__":

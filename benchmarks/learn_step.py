@@ -14,7 +14,6 @@ variant in a process of its own, the peak above what was resident before the ste
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -23,13 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from report import tell
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quark_lm.collator import Collator, Draw
 from quark_lm.loss import LossSettings, quark_loss
 from quark_lm.policy import Policy, completion_states
 from quark_lm.reward_tokens import RewardTokens
-from quark_lm.run_folder import hardware
 
 
 def build(args: argparse.Namespace):
@@ -175,7 +174,7 @@ def main() -> None:
     memory = {
         n: float(subprocess.run([*command, n], capture_output=True, text=True, check=True).stdout) for n in VARIANTS
     }
-    result = {
+    figures = {
         "name": "learn_step",
         "ratio": over["limit"],
         "time_over_naive": over["naive"],
@@ -184,14 +183,8 @@ def main() -> None:
         "memory_over_naive": memory["quark"] / memory["naive"],
         "median_seconds": {name: statistics.median(values) for name, values in timed.items()},
         "peak_mib": memory,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "only_memory")},
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "torch": torch.__version__,
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(figures, args)
 
 
 if __name__ == "__main__":

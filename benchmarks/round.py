@@ -14,7 +14,6 @@ of 32 draws, cut to a third.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from learn_step import limit as bare_step
 from learn_step import quark as quark_step
 from peft import LoraConfig, get_peft_model
+from report import tell
 
 from quark_lm.collator import Collator, Draw, view
 from quark_lm.demo import TASKS, demo_prompts
@@ -33,7 +33,6 @@ from quark_lm.packaged import fastest_dtype, load_model
 from quark_lm.policy import Policy, completion_states
 from quark_lm.prompts import encode
 from quark_lm.reward_tokens import RewardTokens
-from quark_lm.run_folder import hardware
 from quark_lm.steering import branches
 
 
@@ -115,21 +114,15 @@ def main() -> None:
         bare = [sum(values) for values in zip(*(seconds[f"bare_{name}"] for name in names), strict=True)]
         return statistics.median(a / b for a, b in zip(ours, bare, strict=True))
 
-    result = {
+    figures = {
         "name": "round",
         "ratio": ratio("explore", "learn"),
         "explore_ratio": ratio("explore"),
         "learn_ratio": ratio("learn"),
         "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "rows": rows,
-        "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"dtype": str(dtype)},
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "torch": torch.__version__,
     }
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    tell(figures, args, dtype=str(dtype))
 
 
 if __name__ == "__main__":

@@ -797,6 +797,16 @@ def test_the_same_trainer_goes_on_after_a_stop(step, whole, tmp_path):
     assert equal(told(tmp_path), whole)
 
 
+def test_the_same_trainer_goes_on_after_a_stop_and_an_evaluation(tmp_path):
+    trainer = run(tmp_path, callbacks=[stop := stopped_at(1)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 def test_an_evaluation_before_training_is_kept_beside_the_runs_own(tmp_path):
     trainer = run(tmp_path)
     before = trainer.evaluate()

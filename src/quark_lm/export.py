@@ -184,12 +184,9 @@ def model_card(reward_tokens: RewardTokens, results: dict[str, Any]) -> str:
 
 def _copied(model: Any) -> Any:
     """A copy on the CPU: at a run's end a GPU may have no room for a second model."""
-    from torch import nn
+    from .policy import copied
 
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=p.requires_grad) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo).to("cpu")
+    return copied(model, lambda parameter: parameter.to("cpu", copy=True)).to("cpu")
 
 
 def _merged(model: Any) -> Any:

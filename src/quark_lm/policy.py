@@ -313,7 +313,7 @@ class Policy:
         self._copy: nn.Module | None = None
         self._copy_head = self.head
         # the same modules without memory, for `whole`: a sharded model can be neither copied nor saved as it is
-        self._skeleton = _without_memory(model) if self.accelerator is not None else None
+        self._skeleton = copied(model, _without_values) if self.accelerator is not None else None
         if not self.has_adapter:
             self._copy = copy.deepcopy(causal_lm(model)).eval().requires_grad_(False)
             self._copy_head = Head(self._copy)
@@ -447,13 +447,16 @@ def _check_new_rows(model: nn.Module) -> None:
         )
 
 
-def _without_memory(model: nn.Module) -> nn.Module:
-    """A copy whose parameters have shapes but no values."""
+def copied(model: Any, values: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy whose parameters hold what `values` gives of each; those that are one here are one there."""
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
+        id(p): nn.Parameter(values(p.detach()), requires_grad=p.requires_grad) for p in model.parameters()
     }
     return copy.deepcopy(model, memo)
+
+
+def _without_values(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(parameter, device="meta")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,25 +245,27 @@ def has_round(folder: Path) -> bool:
 
 def fixed_rows(folder: Path, fitting: int) -> int:
     """Rows of a generation batch for the whole run that a folder holds: those that fitted when it was begun."""
-    path = folder / "run.json"
-    told = parsed(path.read_bytes())
-    rows = told.get("generation_rows")
-    if type(rows) is not int or rows < 1:
-        rows = fitting
-        write_json(path, {**told, "generation_rows": rows})
-    return rows
+    return _fixed(folder, "generation_rows", lambda there: there if type(there) is int and there >= 1 else fitting)
 
 
 def fixed_dtypes(folder: Path, measured: dict[str, str]) -> dict[str, str]:
     """In what each scorer computes for the whole run that a folder holds: what was faster when it was begun."""
+
+    def dtypes(there: Any) -> dict[str, str]:
+        known = there if isinstance(there, dict) else {}
+        return {n: known[n] if known.get(n) in ("float32", "bfloat16") else measured[n] for n in measured}
+
+    return _fixed(folder, "scorer_dtypes", dtypes)
+
+
+def _fixed(folder: Path, key: str, choose: Callable[[Any], Any]) -> Any:
+    """What run.json keeps for the whole run: `choose` gets what is there, None the first time."""
     path = folder / "run.json"
     told = parsed(path.read_bytes())
-    there = told.get("scorer_dtypes")
-    there = there if isinstance(there, dict) else {}
-    dtypes = {name: there[name] if there.get(name) in ("float32", "bfloat16") else measured[name] for name in measured}
-    if dtypes != there:
-        write_json(path, {**told, "scorer_dtypes": dtypes})
-    return dtypes
+    chosen = choose(told.get(key))
+    if chosen != told.get(key):
+        write_json(path, {**told, key: chosen})
+    return chosen
 
 
 def warn_of_other_sources(folder: Path, sources: dict[str, str | None]) -> None:

@@ -48,7 +48,7 @@ from .progress import Display, LearnBar
 from .prompts import EncodedPrompts, checked, encode
 from .reward_tokens import RewardTokens
 from .rewards import load_reward
-from .rewards.runner import RewardRunner, without_partial
+from .rewards.runner import RewardRunner
 from .rounds import Draws, Rounds
 from .run_folder import (
     MARKER,
@@ -405,10 +405,7 @@ class QuarkTrainer(Trainer):
                 fitting = min(gather_object([fitting]))
             hf.batch_rows = first_tells(lambda: fixed_rows(self.folder, fitting))
         if not self._fixed:
-            runners = [self.rewards, *([self.eval_rewards] if self.eval_rewards else [])]
-            named = [pair for runner in runners for pair in zip(runner.names, runner.functions, strict=True)]
-            parts: dict[str, Any] = {name: getattr(without_partial(f), "scorer", None) for name, f in named}
-            scorers = {name: scorer for name, scorer in parts.items() if getattr(scorer, "measures_dtype", False)}
+            scorers = self.rewards.measuring | (self.eval_rewards.measuring if self.eval_rewards else {})
             if scorers:
                 measured = {name: scorer.dtype for name, scorer in scorers.items()}
                 for name, dtype in first_tells(lambda: fixed_dtypes(self.folder, measured)).items():

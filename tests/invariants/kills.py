@@ -205,33 +205,29 @@ def main() -> None:
             name = args.cases[runs % len(args.cases)]
             here, killed, story = folder / f"run-{runs}", 0, []
             runs += 1
-            goes_on = True
-            while goes_on:
-                # up to four kills in one run, then it may end
-                strikes = kills < args.kills and killed < 4
-                if strikes and numbers.random() < 0.5:
-                    seconds = numbers.random() * took[name]
-                    what, arm = f"after {seconds:.2f} s", None
-                elif strikes:
-                    seconds = None
-                    what, arm = aimed(numbers)
-                else:
-                    what, arm, seconds = "no kill", None, None
-                try:
+            try:
+                while True:
+                    # up to four kills in one run, then it may end
+                    strikes = kills < args.kills and killed < 4
+                    if strikes and numbers.random() < 0.5:
+                        seconds = numbers.random() * took[name]
+                        what, arm = f"after {seconds:.2f} s", None
+                    elif strikes:
+                        seconds = None
+                        what, arm = aimed(numbers)
+                    else:
+                        what, arm, seconds = "no kill", None, None
                     if not attempt(here, name, arm, seconds):
                         break
-                except RuntimeError as error:
-                    differing.append(f"{name}: {', '.join(story)}: {error}")
-                    goes_on = False
-                    continue
-                kills, killed = kills + 1, killed + 1
-                story.append(what)
-                kind = "a random moment" if arm is None else what.rstrip("0123456789 ")
-                hit[kind] = hit.get(kind, 0) + 1
-            if not killed and not goes_on:
-                break  # without a kill it would end so for ever
-            if not goes_on:
-                resumed += max(0, killed - 1)  # by the last of its kills
+                    kills, killed = kills + 1, killed + 1
+                    story.append(what)
+                    kind = "a random moment" if arm is None else what.rstrip("0123456789 ")
+                    hit[kind] = hit.get(kind, 0) + 1
+            except RuntimeError as error:
+                differing.append(f"{name}: {', '.join(story)}: {error}")
+                if not killed:
+                    break  # without a kill it would end so for ever
+                resumed += killed - 1  # it did not go on from the last
                 continue
             resumed += killed
             found = end(here)

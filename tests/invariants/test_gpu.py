@@ -3,16 +3,9 @@
 `QUARK_TEST_CUDA=1 pytest` runs the trainers of the other tests on the GPU too.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import recipe
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from test_processes import flags, save_inputs, start, told
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quark_lm.generation import GenerationSettings, complete_all, sample_seeds
@@ -24,8 +17,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.filterwarnings("default"),
 ]
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -89,30 +80,15 @@ WAYS = {
 def losses(tmp_path_factory):
     """Of `quark train` on the GPU, in one process; with NCCL where torchrun starts it."""
     folder = tmp_path_factory.mktemp("gpu")
-    tiny_llama().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in recipe.PROMPTS))
-    fields = {
-        "model_name_or_path": folder / "model", "prompts": folder / "prompts.jsonl", "reward_funcs": "recipe:reward",
-        "num_rounds": 2, "steps_per_round": 3, "per_device_train_batch_size": 4, "prompts_first_round": 8,
-        "prompts_per_round": 6, "num_generations": 3, "max_completion_length": 6, "num_quantiles": 3, "draw": "all",
-        "heldout_share": 0.2, "adam_epsilon": 0.01, "learning_rate": 5e-3, "logging_steps": 1, "report_to": "none",
-        "save_strategy": "epoch", "early_stop": "false",
-    }  # fmt: skip
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "invariants")])
-    path = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    save_inputs(folder)
 
     def of(name):
         several, more = WAYS[name]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"] if several else []
-        flags = [text for key, value in fields.items() for text in (f"--{key}", str(value))]
-        command = [*launcher, "-m", "quark_lm.cli", "train", *flags, "--output_dir", str(folder / name), *more]
-        ended = subprocess.run(
-            [sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr[-2000:]
-        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines if "loss" in line]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"] if several else []
+        own = ["--use_cpu", "false", "--reward_funcs", "recipe:reward", *more]
+        process = start(folder, name, [*launcher, "quark_lm.cli", "train", *flags(folder, name, 4), *own])
+        assert process.wait(timeout=900) == 0, (folder / f"{name}.txt").read_text()[-2000:]
+        return told(folder / name)["loss"]
 
     return {name: of(name) for name in WAYS}
 

@@ -44,8 +44,18 @@ def flags(folder, output_dir, batch):
     return [text for name, value in fields.items() for text in (f"--{name}", str(value))]
 
 
+def save_inputs(folder):
+    """The files that `flags` names."""
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in recipe.PROMPTS]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    (folder / "held-out.jsonl").write_text("".join(lines[:5]))  # three for one process, two for the other
+
+
 def start(folder, name, command):
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "invariants")])
+    path = [ROOT / "src", ROOT / "tests", ROOT / "tests" / "invariants", os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(str(part) for part in path if part)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"MORTAL": str(folder / "died"), "FAILS": str(folder / "fails")}
     with (folder / f"{name}.txt").open("w") as log:
@@ -61,11 +71,7 @@ def started(folder, name, reward, accelerate="fsdp2"):
 def run(tmp_path_factory):
     """(folder, process) of a run that loses one of its two processes; started beside the other tests."""
     folder = tmp_path_factory.mktemp("run")
-    tiny_llama().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in recipe.PROMPTS]
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    (folder / "held-out.jsonl").write_text("".join(lines[:5]))  # three for one process, two for the other
+    save_inputs(folder)
     (folder / "fails").touch()
     process = started(folder, "run", "mortal_reward")
     yield folder, process

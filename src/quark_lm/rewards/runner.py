@@ -141,6 +141,12 @@ class RewardRunner:
         """By name a digest of how each function is written; None where its source is not at hand."""
         return {name: _source(function) for name, function in zip(self.names, self.functions, strict=True)}
 
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """By name the scorers that chose their `dtype` by what is fast on this machine."""
+        scorers: list[Any] = [getattr(_without_partial(function), "scorer", None) for function in self.functions]
+        return {n: s for n, s in zip(self.names, scorers, strict=True) if getattr(s, "measures_dtype", False)}
+
     def score(
         self,
         prompts: Sequence[Any],
@@ -441,19 +447,19 @@ def _state_at_start() -> Any:
 # Names
 
 
-def without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
     return function
 
 
 def _name(function: Callable[..., Any]) -> str:
-    function = without_partial(function)
+    function = _without_partial(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _told(function: Callable[..., Any]) -> str:
-    function = without_partial(function)
+    function = _without_partial(function)
     name = getattr(function, "told_as", None) or getattr(function, "scorer_name", None)
     if name is not None:
         return f"{name} {getattr(function, 'scorer_version', '')}".strip()
@@ -464,7 +470,7 @@ def _told(function: Callable[..., Any]) -> str:
 
 def _source(function: Callable[..., Any]) -> str | None:
     try:
-        source = inspect.getsource(inspect.unwrap(without_partial(function)))
+        source = inspect.getsource(inspect.unwrap(_without_partial(function)))
         return hashlib.sha256(source.encode()).hexdigest()[:12]
     except (OSError, TypeError):  # typed into an interpreter, or an object
         return None

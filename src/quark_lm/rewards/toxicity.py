@@ -36,5 +36,4 @@ def _harmless(name: str, scorer: MiniLMScorer | NgramScorer) -> TextReward:
     def score(texts: Sequence[str]) -> list[float | None]:
         return [None if value is None else 1.0 - value for value in scorer.score_texts(texts)]
 
-    measured = scorer if isinstance(scorer, MiniLMScorer) else None
-    return TextReward(name, scorer.name, scorer.version, score, scorer=measured)
+    return TextReward(name, scorer.name, scorer.version, score, scorer=scorer)
