@@ -745,6 +745,83 @@ def test_a_scorer_that_fails_on_held_out_prompts_keeps_the_rounds_learning(tmp_p
     assert steps == [2, 4]
 
 
+def held_out_run(folder, asked, fails_at=None):
+    """A run that asks an independent scorer for two completions at once; `asked` gets (step, completions) of each."""
+
+    def independent(completions, trainer_state, **kwargs):
+        asked.append((trainer_state.global_step, list(completions)))
+        if len(asked) == fails_at:
+            raise ConnectionError("gone")
+        return graded(completions)
+
+    given = {**EVAL, "eval_reward_funcs": [independent]}
+    small = {"generation_batch_size": 2, "reward_batch_size": 2, "num_eval_generations": 2}
+    return make(folder, model=tiny_gpt2(), given=given, **{**SETTINGS, **small})
+
+
+# three held-out prompts, two completions each: chunks 1 to 3 are the base's, 4 to 6 those of round 1
+@pytest.mark.parametrize("fails_at", [2, 3, 5, 6])
+def test_what_was_kept_of_held_out_prompts_is_not_sampled_or_scored_again(fails_at, tmp_path, monkeypatch):
+    everything = []
+    held_out_run(tmp_path / "whole", everything).train()
+    before, after, batches = [], [], []
+    with pytest.raises(RewardError, match="gone"):
+        held_out_run(tmp_path / "run", before, fails_at).train()
+    kept = sorted(path.name for path in (tmp_path / "run" / "held-out").iterdir())
+    assert kept[-1] == f"step-{3 * (fails_at > 3):05d}.rank-0.partial.jsonl"
+    original = HFCompleter._complete_batch
+
+    def counted(self, batch, *args):
+        batches.append(batch)
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(HFCompleter, "_complete_batch", counted)
+    trainer = held_out_run(tmp_path / "run", after)
+    trainer.train()
+    assert before[:-1] + after == everything  # the one that failed is asked for again, no other
+    # 48 samples of a round in batches of two, in round 1 of one guided sample; six held-out ones in batches of two
+    assert len(batches) == (24 + 3 + 48 + 3 if fails_at <= 3 else 48 + 3)
+    assert equal(told(tmp_path / "run"), told(tmp_path / "whole"))
+    assert not (tmp_path / "run" / "held-out").exists()
+    after.clear()
+    trainer.evaluate()  # the caller may have changed the weights: nothing is kept
+    assert len(after) == 3
+    assert not (tmp_path / "run" / "held-out").exists()
+
+
+class Nudge(TrainerCallback):
+    """Other weights after the first step, as a GPU may learn them the second time."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 1:
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.001)
+
+
+def test_held_out_prompts_that_other_weights_completed_are_completed_again(tmp_path):
+    asked = []
+    with pytest.raises(RewardError, match="gone"):
+        held_out_run(tmp_path, [], fails_at=5).train()
+    shutil.rmtree(tmp_path / "checkpoint-3")  # as a kill leaves it, which comes before the checkpoint
+    trainer = held_out_run(tmp_path, asked)
+    trainer.add_callback(Nudge())
+    with pytest.warns(
+        UserWarning, match=r"6 samples that were kept of step 3 are sampled and scored again \(learned: "
+    ):
+        trainer.train()
+    assert [step for step, _ in asked] == [3] * 3 + [6] * 3  # the base's are kept
+
+
+def test_a_folder_that_came_to_no_round_forgets_the_held_out_prompts_of_other_settings(tmp_path):
+    asked = []
+    with pytest.raises(RewardError, match="gone"):
+        held_out_run(tmp_path, asked, fails_at=2).train()
+    other = {"eval_dataset": Dataset.from_dict({"prompt": ["her hat", "a man", "two"]})}
+    trainer = make(tmp_path, model=tiny_gpt2(), given=other, **SETTINGS)
+    trainer.open_pool()
+    assert not (tmp_path / "held-out").exists()
+
+
 def test_other_prompts_and_columns_do_not_mix_with_the_runs_own(tmp_path):
     def of_label(completions, label, **kwargs):
         return [value + number for value, number in zip(graded(completions), label, strict=True)]

@@ -1,4 +1,4 @@
-"""Explore: prompts -> Completer -> completions -> rewards -> the columns of a round of the pool.
+"""Explore: prompts -> Completer -> completions -> rewards -> the columns of a round of the pool; held-out prompts too.
 
 What is sampled and scored is kept on disk batch by batch (`pool.PartialRound`), so that a stop, a kill or a reward that
 fails costs one batch at most. A sample's draws are a function of (seed, round, its number), whatever the ranks.
@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,18 +59,8 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     asked = [None if round == 0 else int(q) for q in quantile[mine]]
     strength = 1.0 if round == 0 else args.explore_strength
     trainer.fix_what_is_measured()
-    rows = trainer.completer.batch_rows or trainer.completer.fitting_rows(prompts.ids, trainer.generation_settings)
-    kept = PartialRound(
-        trainer.pool_folder,
-        round,
-        accelerator.process_index,
-        {"samples": len(chosen), "processes": accelerator.num_processes, "chunk": _chunk(trainer), "rows": rows},
-    )
-    # A batch of other samples would round other digits, so the batches are those that the round was begun with; but who
-    # sets their size may have run out of memory with those.
-    before = trainer.completer.batch_rows
-    trainer.completer.batch_rows = args.generation_batch_size or kept.key["rows"]
-    try:
+    kept = _kept(trainer, "round", round, len(chosen), prompts, _chunk(trainer))
+    with _batches_of(trainer, kept):
         completions = trainer.complete(
             prompts,
             seeds[mine].tolist(),
@@ -79,8 +69,6 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
             verb=f"round {round + 1} explore",
             kept=kept,
         )
-    finally:
-        trainer.completer.batch_rows = before
     part, failed = _scored(trainer, prompts, completions, round, kept)
     part |= {
         "prompt_index": chosen[mine].tolist(),
@@ -106,11 +94,12 @@ def own_samples(trainer: QuarkTrainer, num: int, each: int) -> np.ndarray:
 
 
 def held_out_columns(
-    trainer: QuarkTrainer, prompts: EncodedPrompts, quantile: int | None
+    trainer: QuarkTrainer, prompts: EncodedPrompts, quantile: int | None, kept_as: int | None
 ) -> tuple[dict[str, np.ndarray], list[str], list[float]]:
     """(each scorer's values, NaN for none; texts; NLL a token of the first under the original model) of completions of
     held-out prompts, prompt by prompt, the same on every rank.
 
+    Args: kept_as: the step under which batches are kept as they come, until their figures are saved; None: nowhere.
     Raises: RewardError, GenerationError on every rank when one has it; KeyboardInterrupt when the run was told to stop.
     """
     args, accelerator = trainer.args, trainer.accelerator
@@ -118,27 +107,24 @@ def held_out_columns(
     seeds = np.array(sample_seeds(args.seed, EVAL, num=len(prompts) * each))
     mine = own_samples(trainer, len(seeds), each)
     own = prompts.select((mine // each).tolist())
-    ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts")
-    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
-    values: dict[str, list[float]] = defaultdict(list)
-    failed: QuarkError | None = None
     size = _chunk(trainer, each)
-    try:
-        for chunk, start in enumerate(range(0, len(texts), size)):
-            if trainer.interrupted:
-                break
-            rows = range(start, min(start + size, len(texts)))
-            with aside(args.seed, EVAL, accelerator.process_index, chunk):
-                for name, of in _held_out_scores(
-                    trainer, own.select(rows), [texts[i] for i in rows], [ids[i] for i in rows]
-                ).items():
-                    values[f"score/{name}"] += of.tolist()
-    except QuarkError as error:  # the scorer's
-        failed = error
-    trainer.stop_together("while the held-out prompts were scored")
-    trainer.fail_together(failed)
+    kept = None
+    if kept_as is not None:
+        # a GPU may have learned other weights to this step than before a kill; the round's means tell
+        learned = [trainer.round_metrics.get(name) for name in ("nll", "kl")]
+        kept = _kept(trainer, "step", kept_as, len(seeds), own, size, learned=learned)
+    with _batches_of(trainer, kept):
+        ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts", kept=kept)
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+
+    def score_rows(rows: range) -> tuple[dict[str, Any], bool]:
+        return _held_out_scores(trainer, own.select(rows), [texts[i] for i in rows], [ids[i] for i in rows]), True
+
+    lines = _chunk_by_chunk(trainer, len(texts), size, (args.seed, EVAL), score_rows, kept, "held-out scores")
+    # a function of the total's name may be one of several
+    told = [{**line["rewards"], "reward": line["reward"]} for line in lines]
     part: dict[str, list[Any]] = {
-        **values,
+        **{f"score/{name}": [value for of in told for value in of[name]] for name in (told[0] if told else ())},
         "text": texts,
         "nll": trainer.reference_nll(own.ids, ids),
         "order": mine.tolist(),
@@ -151,8 +137,8 @@ def held_out_columns(
 
 def _held_out_scores(
     trainer: QuarkTrainer, prompts: EncodedPrompts, texts: list[str], ids: list[list[int]]
-) -> dict[str, np.ndarray]:
-    """By name the values of the training's scorers and of the independent ones."""
+) -> dict[str, Any]:
+    """`reward`, and by name the `rewards` of the training's scorers and of the independent ones."""
     batch = score(trainer, trainer.rewards, prompts, texts, ids)
     if batch.failures:  # a mean over what did not fail would be compared with one over all
         first = batch.failures[0]
@@ -160,10 +146,41 @@ def _held_out_scores(
             f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
             " nothing to compare. Mend it and give the same command again."
         )
-    values = {**batch.per_function, "reward": batch.total}  # a function of that name may be one of several
+    told = _as_json(batch)
+    rewards = told["rewards"]
     if trainer.eval_rewards:
-        values |= score(trainer, trainer.eval_rewards, prompts, texts, ids).per_function
-    return values
+        rewards |= _as_json(score(trainer, trainer.eval_rewards, prompts, texts, ids))["rewards"]
+    return {"reward": told["reward"], "rewards": rewards}
+
+
+def _kept(
+    trainer: QuarkTrainer, of: str, number: int, samples: int, own: EncodedPrompts, chunk: int, **more: Any
+) -> PartialRound:
+    """What is on disk already of a round's samples, or of the held-out ones of a step.
+
+    Args: own: a rank's own part of the samples; more: what else they depend on.
+    """
+    completer, accelerator = trainer.completer, trainer.accelerator
+    rows = completer.batch_rows or completer.fitting_rows(own.ids, trainer.generation_settings)
+    key = {"samples": samples, "processes": accelerator.num_processes, "chunk": chunk, "rows": rows, **more}
+    folder = trainer.pool_folder if of == "round" else trainer.held_out_folder
+    return PartialRound(folder, number, accelerator.process_index, key, of)
+
+
+@contextlib.contextmanager
+def _batches_of(trainer: QuarkTrainer, kept: PartialRound | None) -> Iterator[None]:
+    """Within it, completions come in batches of the rows with which `kept` was begun: others would round other digits.
+
+    But who sets their size may have run out of memory with those.
+    """
+    completer = trainer.completer
+    before = completer.batch_rows
+    if kept is not None:
+        completer.batch_rows = trainer.args.generation_batch_size or kept.key["rows"]
+    try:
+        yield
+    finally:
+        completer.batch_rows = before
 
 
 def _chunk(trainer: QuarkTrainer, each: int | None = None) -> int:
@@ -193,50 +210,29 @@ def _scored(
     args, size = trainer.args, _chunk(trainer)
     texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
     failed, reason = 0, ""
-    gave_up: QuarkError | None = None
-    scores = dict(kept.scores)
-    with trainer.display.bar(f"round {round + 1} score", len(texts), "samples") as advance:
-        for chunk, start in enumerate(range(0, len(texts), size)):
-            rows = range(start, min(start + size, len(texts)))
-            if chunk not in scores:
-                if trainer.interrupted:
-                    break
-                try:
-                    with aside(args.seed, round, trainer.accelerator.process_index, chunk):
-                        batch = score(
-                            trainer,
-                            trainer.rewards,
-                            prompts.select(rows),
-                            [texts[i] for i in rows],
-                            [completions[i] for i in rows],
-                        )
-                except QuarkError as error:  # told to the other ranks below
-                    gave_up = error
-                    break
-                scores[chunk] = _as_json(batch)
-                if not batch.failures:  # else the next attempt, if there is one, asks again
-                    kept.add_scores(chunk, scores[chunk])
-                failed += batch.num_failed
-                if batch.failures:
-                    first = batch.failures[0]
-                    reason = reason or f"{first.function}: {first.reason}"
-                    if failed > args.max_failed_rewards * len(texts):
-                        gave_up = RewardError(
-                            f"Reward function {first.function} failed ({first.reason}) and left {failed} of"
-                            f" {len(texts)} completions of round {round} without a reward, more than"
-                            f" max_failed_rewards={args.max_failed_rewards}. Mend it and give the same command again:"
-                            " what is scored is kept."
-                        )
-                        break
-            advance(len(rows))
-    trainer.fail_together(gave_up)
-    num = sum(len(line["reward"]) for line in kept.scores.values())
-    trainer.stop_together(f"while round {round + 1} was scored; {num} of {len(texts)} rewards are kept")
+
+    def score_rows(rows: range) -> tuple[dict[str, Any], bool]:
+        nonlocal failed, reason
+        of_rows = [texts[i] for i in rows], [completions[i] for i in rows]
+        batch = score(trainer, trainer.rewards, prompts.select(rows), *of_rows)
+        failed += batch.num_failed
+        if batch.failures:
+            first = batch.failures[0]
+            reason = reason or f"{first.function}: {first.reason}"
+            if failed > args.max_failed_rewards * len(texts):
+                raise RewardError(
+                    f"Reward function {first.function} failed ({first.reason}) and left {failed} of"
+                    f" {len(texts)} completions of round {round} without a reward, more than"
+                    f" max_failed_rewards={args.max_failed_rewards}. Mend it and give the same command again:"
+                    " what is scored is kept."
+                )
+        return _as_json(batch), not batch.failures  # else the next attempt, if there is one, asks again
+
+    lines = _chunk_by_chunk(trainer, len(texts), size, (args.seed, round), score_rows, kept, f"round {round + 1} score")
     if failed:
         warnings.warn(
             f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round} ({reason})", stacklevel=2
         )
-    lines = [scores[chunk] for chunk in sorted(scores)]
     columns: dict[str, list[Any]] = {
         "prompt_ids": prompts.ids,
         "completion_ids": completions,
@@ -252,6 +248,43 @@ def _scored(
             columns[f"{kind}/{name}"] = [value for part in values for value in part]
     parts = [line["figures"] for line in lines]
     return columns, {n: [sum(p[n][i] for p in parts if n in p) for i in (0, 1)] for n in {n for p in parts for n in p}}
+
+
+def _chunk_by_chunk(
+    trainer: QuarkTrainer,
+    num: int,
+    size: int,
+    key: tuple[int, ...],
+    score_rows: Callable[[range], tuple[dict[str, Any], bool]],
+    kept: PartialRound | None,
+    verb: str,
+) -> list[dict[str, Any]]:
+    """What `score_rows` tells of each `size` of `num` rows: (figures, whether they may be kept); kept ones are not
+    asked for again.
+
+    Raises: KeyboardInterrupt when the run was told to stop; what score_rows raised on one rank, on every rank.
+    """
+    scores = dict(kept.scores) if kept is not None else {}
+    gave_up: QuarkError | None = None
+    with trainer.display.bar(verb, num, "samples") as advance:
+        for chunk, start in enumerate(range(0, num, size)):
+            rows = range(start, min(start + size, num))
+            if chunk not in scores:
+                if trainer.interrupted:
+                    break
+                try:
+                    with aside(*key, trainer.accelerator.process_index, chunk):
+                        scores[chunk], may_be_kept = score_rows(rows)
+                    if kept is not None and may_be_kept:
+                        kept.add_scores(chunk, scores[chunk])
+                except QuarkError as error:  # told to the other ranks below
+                    gave_up = error
+                    break
+            advance(len(rows))
+    trainer.fail_together(gave_up)
+    there = sum(len(line["reward"]) for line in kept.scores.values()) if kept is not None else 0
+    trainer.stop_together(f"during {verb}; {there} of {num} are kept")
+    return [scores[chunk] for chunk in sorted(scores)]
 
 
 def _as_json(batch: RewardBatch) -> dict[str, Any]:

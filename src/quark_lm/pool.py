@@ -355,21 +355,22 @@ class Journal:
 
 
 class PartialRound:
-    """What one rank has explored of a round that is not finished, batch by batch on disk.
+    """What one rank has explored of a round that is not finished, batch by batch on disk; or of held-out prompts.
 
     Args:
+        round: its number, or that of the step whose held-out prompts are measured, `of` which it is then.
         key: what the batches depend on; what is on disk under another key is forgotten, which a warning tells. Under
             another "chunk" alone the completions stay, and only their scores go.
     """
 
-    def __init__(self, pool: Path, round: int, rank: int, key: Mapping[str, Any]) -> None:
-        self.path = partial_path(pool, round, rank)
+    def __init__(self, folder: Path, round: int, rank: int, key: Mapping[str, Any], of: str = "round") -> None:
+        self.path = partial_path(folder, round, rank, of)
         self.completions: dict[int, list[int]] = {}  # by the sample's index
         self.scores: dict[int, dict[str, Any]] = {}  # by the number of the chunk
         self.seconds = 0.0  # of sampling
         self._journal = Journal(self.path, lambda: dict(key), PoolError)
         with self._journal.reading():
-            self._follow(key, round, rank)
+            self._follow(key, round, rank, of)
         self.key = self._journal.begun  # with the rows of a batch that it was begun with
         with self._journal.reading():
             for line in self._journal.lines:
@@ -379,7 +380,7 @@ class PartialRound:
                 else:
                     self.scores[int(line["chunk"])] = line
 
-    def _follow(self, key: Mapping[str, Any], round: int, rank: int) -> None:
+    def _follow(self, key: Mapping[str, Any], round: int, rank: int, of: str) -> None:
         """Makes the journal that of the key, and tells what is lost by it."""
         begun, lines = self._journal.begun, self._journal.lines
         differing = [name for name in sorted({*begun, *key} - {"rows"}) if begun.get(name) != key.get(name)]
@@ -392,12 +393,12 @@ class PartialRound:
         else:
             again, num = "sampled and scored", sum(len(line["indices"]) for line in samples)
             if rank == 0:  # for a rank that is there no more nobody else tells it
-                num += sum(_num_samples(path) for path in _partials(self.path.parent, round, key["processes"]))
+                num += sum(_num_samples(path) for path in _partials(self.path.parent, round, key["processes"], of))
             whole = [dict(key)]
         if num:
             changes = ", ".join(f"{name}: {begun.get(name)} before, {key.get(name)} now" for name in differing)
             warnings.warn(
-                f"{num:,} samples that were kept of round {round} are {again} again ({changes}).", stacklevel=4
+                f"{num:,} samples that were kept of {of} {round} are {again} again ({changes}).", stacklevel=4
             )
         with written_whole(self.path) as temporary:  # a kill must not lose what stays
             temporary.write_text("".join(f"{_line(line)}\n" for line in whole), encoding="utf-8")
@@ -436,15 +437,16 @@ class PartialRound:
         return sum(len(line["reward"]) for line in lines if "rewards" in line)
 
 
-def partial_path(pool: Path, round: int, rank: int | str) -> Path:
-    """Where a rank keeps a round that is not finished."""
-    return pool / f"round-{round:05d}.rank-{rank}.partial.jsonl"
+def partial_path(folder: Path, round: int, rank: int | str, of: str = "round") -> Path:
+    """Where a rank keeps a round that is not finished, or held-out prompts that are not measured."""
+    return folder / f"{of}-{round:05d}.rank-{rank}.partial.jsonl"
 
 
-def _partials(pool: Path, round: int, first: int = 0) -> list[Path]:
+def _partials(folder: Path, round: int, first: int = 0, of: str = "round") -> list[Path]:
     """Those of the ranks from `first` on."""
-    ranks = [path.name.split(".")[1].removeprefix("rank-") for path in pool.glob(partial_path(pool, round, "*").name)]
-    return [partial_path(pool, round, int(rank)) for rank in ranks if rank.isdecimal() and int(rank) >= first]
+    there = folder.glob(partial_path(folder, round, "*", of).name)
+    ranks = [path.name.split(".")[1].removeprefix("rank-") for path in there]
+    return [partial_path(folder, round, int(rank), of) for rank in ranks if rank.isdecimal() and int(rank) >= first]
 
 
 def _num_samples(path: Path) -> int:

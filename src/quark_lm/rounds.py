@@ -58,6 +58,7 @@ class Rounds(TrainerCallback):
             if trainer.is_world_process_zero() and told is not None:
                 measured = {"measured": True, "stops_early": trainer._stops_early}
                 write_marker(path, {**told, **measured, "metrics": trainer.metrics_digest(measured=True)})
+                trainer.sweep_held_out()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer

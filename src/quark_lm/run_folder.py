@@ -5,6 +5,7 @@ environment.json    versions and hardware
 run.json            what makes this run this run: a folder of another is refused
 metrics.jsonl       one JSON object a line, with `round` and `step`
 pool/               every sample (see pool.py)
+held-out/           what is measured of held-out prompts, until a checkpoint holds their figures
 checkpoint-N/       resumable; written in checkpoint.partial/, marked by `complete.json`, and only then put here
 model/              the finished model
 results.json        the figures at the end
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .config import QuarkConfig
 
 MARKER = "complete.json"
+HELD_OUT = "held-out"  # the folder in which held-out prompts are kept while they are measured
 UNFINISHED = "checkpoint.partial"  # the folder in which a checkpoint is written
 # Errors by which torch and safetensors, which know no OSError, tell that a file could not be written.
 _REFUSED = ("No space left", "File too large", "quota exceeded", "file write failed", "Read-only file system",
@@ -201,6 +203,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         if differing and not has_round(folder) and (not begun or set(differing) <= _AFTER_SAMPLING):
             for part in (folder / "metrics.jsonl", folder / "train.yaml"):
                 part.unlink(missing_ok=True)
+            shutil.rmtree(folder / HELD_OUT, ignore_errors=True)
             for journal in (folder / "pool").glob("*.partial.jsonl"):
                 if not begun:
                     journal.unlink()

@@ -51,6 +51,7 @@ from .rewards import load_reward
 from .rewards.runner import RewardRunner
 from .rounds import Draws, Rounds
 from .run_folder import (
+    HELD_OUT,
     MARKER,
     UNFINISHED,
     MetricsFile,
@@ -263,6 +264,7 @@ class QuarkTrainer(Trainer):
 
         self.folder = Path(cast(str, args.output_dir))  # TrainingArguments has put its default in None's place
         self.pool_folder = self.folder / "pool"
+        self.held_out_folder = self.folder / HELD_OUT
         self.metrics_file = MetricsFile(self.folder / "metrics.jsonl")
         self.display = Display(self.is_world_process_zero(), bars=not args.disable_tqdm)
         self.vllm: VLLMColocated | VLLMServer | None = None
@@ -451,6 +453,11 @@ class QuarkTrainer(Trainer):
         """Removes what was kept of a round that is there."""
         if self.is_world_process_zero():
             PartialRound.remove(self.pool_folder, round)
+
+    def sweep_held_out(self) -> None:
+        """Removes what was kept of held-out prompts whose figures are saved."""
+        if self.is_world_process_zero():
+            shutil.rmtree(self.held_out_folder, ignore_errors=True)
 
     def _check_rewards(self, round: int, columns: dict[str, list[Any]]) -> None:
         names = [f"reward/{name}" for name in self.rewards.names] if self.args.reward_attributes else ["reward"]
@@ -673,7 +680,9 @@ class QuarkTrainer(Trainer):
         """others: the prompts are not the run's own, so that its verdict leaves the figures out."""
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
         self.fix_what_is_measured()
-        columns, texts, nll = held_out_columns(self, prompts, quantile)
+        # outside train() the caller may have changed the weights
+        kept_as = self.state.global_step if self._trains and not others else None
+        columns, texts, nll = held_out_columns(self, prompts, quantile, kept_as)
         figures = measuring.held_out_figures(columns, texts, self.args.num_eval_generations)
         figures["reference_perplexity"] = float(np.exp(nll).mean())
         metrics = {f"{prefix}_{name}": value for name, value in figures.items()}
@@ -766,6 +775,7 @@ class QuarkTrainer(Trainer):
                     step = self.state.global_step
                     saved = f"after step {step} of {self.state.max_steps}, which is saved"
                     self.stop_together(saved if step else "before the first step was done")
+                    self.sweep_held_out()
             finally:
                 self._trains = self._is_finished = False
                 self.learn_bar.close()
@@ -914,6 +924,8 @@ class QuarkTrainer(Trainer):
             }
             put_in_place(written, self.folder / name, marker)
             rotate(self.folder, self.args.save_total_limit, [name, Path(state.best_model_checkpoint or "").name])
+            if measured or step % self.args.steps_per_round:
+                self.sweep_held_out()
         self._saved_at = step
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

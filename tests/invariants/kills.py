@@ -26,6 +26,7 @@ from typing import Any
 import recipe
 import torch
 
+import quark_lm.exploring as exploring
 import quark_lm.packaged as packaged
 import quark_lm.run_folder as run_folder
 import quark_lm.trainer as trainer_module
@@ -61,6 +62,7 @@ def run(folder: Path, name: str) -> None:
         trainer.save_model(str(folder / "end"))
         return
     options = {"disable_dropout": False, "lora_dropout": 0.1, "generation_batch_size": 8, "save_strategy": "epoch"}
+    options |= {"held_out": ("the sun", "one day", "his dog"), "num_eval_generations": 4}
     trainer = recipe.trainer(folder, recipe.CASES[name], logging_steps=2, num_rounds=3, **options)
     trainer.train()
     trainer.save_model(str(folder / "end"))
@@ -139,6 +141,7 @@ def aimed(random_numbers: random.Random) -> tuple[str, Callable[[], None]]:
             (f"checkpoint in place {count}", at_call(trainer_module, "put_in_place", count, before=False)),
             (f"older checkpoints {count}", at_call(run_folder, "_remove", count, before=False)),
             (f"optimizer {count}", at_call(QuarkTrainer, "_save_optimizer_and_scheduler", count)),
+            (f"held-out scores {count + 1}", at_call(exploring, "_held_out_scores", count + 1)),
             (f"end of round {count}", at_call(QuarkTrainer, "finish_round", count)),
         ]
     )

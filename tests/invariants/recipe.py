@@ -146,7 +146,9 @@ def config(folder: Path, case: Case, **changes: Any) -> QuarkConfig:
     )
 
 
-def trainer(folder: Path, case: Case, lora_dropout: float = 0.0, **changes: Any) -> QuarkTrainer:
+def trainer(
+    folder: Path, case: Case, lora_dropout: float = 0.0, held_out: tuple[str, ...] = (), **changes: Any
+) -> QuarkTrainer:
     """A trainer of the case, ready to train; its state outside the run's own seed differs from call to call."""
     torch.seed()
     return QuarkTrainer(
@@ -154,6 +156,7 @@ def trainer(folder: Path, case: Case, lora_dropout: float = 0.0, **changes: Any)
         reward,
         config(folder, case, **changes),
         Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": held_out}) if held_out else None,
         processing_class=tiny_tokenizer(),
         peft_config=lora_config(case, lora_dropout) if case.lora else None,
         initial_pool=Dataset.from_dict(scored_data()),
