@@ -96,11 +96,16 @@ def make_pool(folder: Path, model: str) -> Dataset:
     return Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])
 
 
+def trial_folder(runs: Path, script: str, name: str, seed: int) -> Path:
+    """Where a trial's run is kept; `loops.py` has variants of the same names."""
+    return runs / script / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}"
+
+
 def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespace, pool: Dataset) -> dict[str, Any]:
     settings = in_equal_parts(settings)
     num = settings.pop("num_samples", len(pool))
     rows = np.random.default_rng(seed).permutation(len(pool))[:num]
-    folder = args.runs / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
+    folder = trial_folder(args.runs, "one-pool", name, seed)
     trainer, *_ = demo.make_trainer(
         TASK.name,
         folder,

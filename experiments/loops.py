@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablations import COMMON, TASK, in_equal_parts, run_trials
+from ablations import COMMON, TASK, in_equal_parts, run_trials, trial_folder
 
 from quark_lm import demo
 from quark_lm.evaluation.evaluate import Completions, measure_systems
@@ -113,7 +113,7 @@ def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespa
     settings = in_equal_parts(settings)
     keep, temperature = settings.pop("keep", None), settings.pop("explore_temperature", None)
     rows = np.random.default_rng(seed).permutation(len(pool))[:NUM_SAMPLES]
-    folder = args.runs / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}"
+    folder = trial_folder(args.runs, "loops", name, seed)
     trainer, chosen, rewards = demo.make_trainer(
         TASK.name,
         folder,

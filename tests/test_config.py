@@ -121,6 +121,12 @@ REFUSED = [
     ({"reward_retries": -1}, "reward_retries=-1 is below 0"),
     ({"min_completion_length": 9, "max_completion_length": 8}, "no completion could ever end"),
     ({"save_only_model": True}, "a resumed run would be another run"),
+    ({"average_tokens_across_devices": False}, "would depend on the number of processes"),
+    (
+        {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True},
+        "metric_for_best_model='loss' is not measured on held-out prompts",
+    ),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "metric_for_best_model='loss' is not measured on held-out prompts"),
     ({"enable_jit_checkpoint": True}, "would take SIGTERM from Quark"),
     ({"push_to_hub": True}, "would publish the whole run folder, the pool"),
     ({"accelerator_config": {"dispatch_batches": True}}, "sets dispatch_batches, which would cut"),

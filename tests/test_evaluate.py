@@ -374,6 +374,19 @@ def test_the_same_tokenizer_reads_the_ids_as_they_were_drawn(tmp_path):
             assert nll[i] == pytest.approx(expected, abs=1e-3)
 
 
+@torch.no_grad()
+def test_the_end_of_text_of_the_model_that_drew_is_no_part_of_the_text(tmp_path):
+    tokenizer = tiny_tokenizer()
+    other = tokenizer.convert_tokens_to_ids(" the")  # as a tuned model ends in a token of its own
+    ids = tokenizer(" a cat")["input_ids"]
+    drawn = {"prompt_ids": [tokenizer("the cat")["input_ids"]], "completion_ids": [ids, [*ids, other]]}
+    made = a_set([" a cat", " a cat"], [0, 0], ["the cat"], **drawn)
+    made.facts = {"made": {"tokenizer": tokenizer_digest(tokenizer, None), "eos_ids": [other]}}
+    nll, tokens = read_by(Evaluator("e", tiny_gpt2(), tokenizer), made, tmp_path, QUIET)
+    assert tokens.tolist() == [len(ids)] * 2
+    assert nll[0] == pytest.approx(nll[1])
+
+
 def test_reward_tokens_do_not_make_another_tokenizer():
     model, tokenizer, plain = tiny_gpt2(), tiny_tokenizer(), tiny_tokenizer()
     tokens = RewardTokens.create(model, tokenizer, num_quantiles=3, style="embedding")

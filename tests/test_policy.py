@@ -21,6 +21,7 @@ from quark_lm.policy import (
     completion_log_probs,
     completion_states,
     disable_dropout,
+    learned_digest,
     run_body,
 )
 
@@ -99,6 +100,29 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused():
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, vocab_size=64)
     with pytest.raises(ModelError, match="MambaForCausalLM samples from a state"):
         check_head(transformers.MambaForCausalLM(config))
+
+
+def test_a_model_of_attention_and_a_state_is_refused():
+    config = transformers.Lfm2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="Lfm2ForCausalLM samples from a state and not from a cache"):
+        check_head(transformers.Lfm2ForCausalLM(config))
+
+
+def test_the_digest_of_what_is_learned_changes_with_one_bit_of_it_alone():
+    model = tiny_gpt2()
+    model.transformer.wpe.requires_grad_(False)
+    before = learned_digest(model)
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] += 1.0  # which does not learn
+    assert learned_digest(model) == before
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    with torch.no_grad():
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(2.0))
+    assert learned_digest(model) != before
+    assert learned_digest(model.bfloat16()) != before
 
 
 def test_checking_the_head_leaves_the_mode_as_it_was():

@@ -767,8 +767,8 @@ def test_what_was_kept_of_held_out_prompts_is_not_sampled_or_scored_again(fails_
     before, after, batches = [], [], []
     with pytest.raises(RewardError, match="gone"):
         held_out_run(tmp_path / "run", before, fails_at).train()
-    kept = sorted(path.name for path in (tmp_path / "run" / "held-out").iterdir())
-    assert kept[-1] == f"step-{3 * (fails_at > 3):05d}.rank-0.partial.jsonl"
+    kept = sorted(path.name for path in (tmp_path / "run" / "held-out.partial").iterdir())
+    assert kept[-1] == f"{'base-00000' if fails_at <= 3 else 'step-00003'}.rank-0.partial.jsonl"
     original = HFCompleter._complete_batch
 
     def counted(self, batch, *args):
@@ -782,11 +782,11 @@ def test_what_was_kept_of_held_out_prompts_is_not_sampled_or_scored_again(fails_
     # 48 samples of a round in batches of two, in round 1 of one guided sample; six held-out ones in batches of two
     assert len(batches) == (24 + 3 + 48 + 3 if fails_at <= 3 else 48 + 3)
     assert equal(told(tmp_path / "run"), told(tmp_path / "whole"))
-    assert not (tmp_path / "run" / "held-out").exists()
+    assert not (tmp_path / "run" / "held-out.partial").exists()
     after.clear()
     trainer.evaluate()  # the caller may have changed the weights: nothing is kept
     assert len(after) == 3
-    assert not (tmp_path / "run" / "held-out").exists()
+    assert not (tmp_path / "run" / "held-out.partial").exists()
 
 
 class Nudge(TrainerCallback):
@@ -812,6 +812,101 @@ def test_held_out_prompts_that_other_weights_completed_are_completed_again(tmp_p
     assert [step for step, _ in asked] == [3] * 3 + [6] * 3  # the base's are kept
 
 
+def test_trainer_s_own_evaluation_before_the_first_step_is_the_policys_and_not_the_bases(tmp_path):
+    given = {"eval_strategy": "steps", "eval_steps": 100, "eval_on_start": True}
+    trainer = make(tmp_path, model=tiny_gpt2(), given=EVAL, **{**SETTINGS, **given, "num_rounds": 1})
+    trainer.train()
+    line = next(line for line in metrics(tmp_path) if "base_reward" in line)
+    first = next(line for line in metrics(tmp_path) if "eval_reward" in line)
+    assert (line["step"], first["step"]) == (0, 0)
+    assert first["eval_reward"] != line["base_reward"]  # with the best token, without one
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_mended_reward_scores_the_kept_held_out_prompts_anew(independent, tmp_path):
+    """`independent`: the scorer that training never saw is mended, after it failed; else the reward, which was flat."""
+
+    def flat(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    def failing(completions, **kwargs):
+        failing.calls += 1
+        if failing.calls == 2:
+            raise ConnectionError("gone")
+        return [9.0] * len(completions)
+
+    failing.calls = 0
+
+    def mended(completions, **kwargs):
+        return graded(completions)
+
+    def reward_run(reward, scorer):
+        given = {**EVAL, "eval_reward_funcs": [scorer]}
+        changes = {**SETTINGS, "reward_batch_size": 2, "num_eval_generations": 2, "early_stop": False}
+        return make(tmp_path, reward, model=tiny_gpt2(), given=given, **changes)
+
+    before = (mended, failing) if independent else (flat, graded)
+    # the same place in the file, written otherwise
+    mended.__qualname__, mended.__name__ = before[independent].__qualname__, before[independent].__name__
+    with pytest.raises(RewardError, match="gone" if independent else "rewards of the pool are equal"):
+        reward_run(*before).train()
+    kept = (tmp_path / "held-out.partial" / "base-00000.rank-0.partial.jsonl").read_text()
+    assert '"indices"' in kept
+    again = pytest.warns(UserWarning, match="kept of base 0 are scored again")
+    with again if independent else contextlib.nullcontext():
+        reward_run(*((mended, mended) if independent else (mended, graded))).train()
+    line = next(line for line in metrics(tmp_path) if "base_reward" in line)
+    assert 0 < line["base_failing" if independent else "base_reward"] < 1
+
+
+def test_a_checkpoint_that_another_metric_than_the_verdicts_chose_stays(tmp_path):
+    given = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "num_rounds": 3}
+    given |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_least", "save_total_limit": 1}
+
+    def least(completions, trainer_state, **kwargs):  # the first is the best by it, the last by the reward
+        return [float(-trainer_state.global_step)] * len(completions)
+
+    def rising(completions, trainer_state, **kwargs):
+        return [value + trainer_state.global_step for value in graded(completions)]
+
+    scorers = {**EVAL, "eval_reward_funcs": [least]}
+    trainer = make(tmp_path, rising, model=tiny_gpt2(), given=scorers, **{**SETTINGS, **given})
+    trainer.train()
+    assert trainer.state.best_global_step == 3
+    assert trainer.state.best_metric == -3.0
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_a_best_checkpoint_is_one_of_a_rounds_end():
+    lines = [{"eval_reward": 0.9, "step": 2}, {"eval_reward": 0.85, "step": 4}, {"eval_reward": 0.8, "step": 8}]
+    assert measuring.best_step(lines, (), 4) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Too few samples are held out")
+def test_a_run_whose_metrics_were_deleted_goes_on_where_measurements_are_owed(tmp_path):
+    """As docs/faults.md has it for a damaged file."""
+    calls = []
+
+    def gone(completions, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # the base's is the first
+            raise ConnectionError("gone")
+        return graded(completions)
+
+    own = {
+        "prompt": PROMPTS,
+        "completion": [f" sat {n}" for n in range(len(PROMPTS))],
+        "reward": [*range(len(PROMPTS))],
+    }
+    given = {**EVAL, "eval_reward_funcs": [gone], "initial_pool": Dataset.from_dict(own)}
+    with pytest.raises(RewardError, match="gone"):
+        make(tmp_path, model=tiny_gpt2(), given=given, **SETTINGS).train()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match="goes on without the figures of what is done"):
+        make(tmp_path, model=tiny_gpt2(), given=given, **SETTINGS).train()
+    assert [(line["round"], line["step"]) for line in metrics(tmp_path) if "eval_gone" in line] == [(0, 3), (1, 6)]
+
+
 def test_a_folder_that_came_to_no_round_forgets_the_held_out_prompts_of_other_settings(tmp_path):
     asked = []
     with pytest.raises(RewardError, match="gone"):
@@ -819,7 +914,7 @@ def test_a_folder_that_came_to_no_round_forgets_the_held_out_prompts_of_other_se
     other = {"eval_dataset": Dataset.from_dict({"prompt": ["her hat", "a man", "two"]})}
     trainer = make(tmp_path, model=tiny_gpt2(), given=other, **SETTINGS)
     trainer.open_pool()
-    assert not (tmp_path / "held-out").exists()
+    assert not (tmp_path / "held-out.partial").exists()
 
 
 def test_other_prompts_and_columns_do_not_mix_with_the_runs_own(tmp_path):
@@ -950,8 +1045,11 @@ LAST = {"eval_reward": 0.6, "eval_reward_se": 0.02, "eval_other": 0.5, "eval_oth
     [
         ({}, ["other"], "better", False),
         ({}, [], "unconfirmed", False),
-        ({"eval_other": 0.34}, ["other"], "reward hacking", False),
-        ({"eval_other": 0.339, "eval_other_se": 0.0}, ["other"], "reward hacking", False),  # 2 x .02 is not passed
+        ({"eval_other": 0.2}, ["other"], "reward hacking", False),
+        ({"eval_other": 0.32}, ["other"], "reward hacking", False),  # the error of the difference is .028
+        ({"eval_other": 0.34}, ["other"], "unconfirmed", False),
+        ({"eval_other": 0.339, "eval_other_se": 0.0}, ["other"], "unconfirmed", False),  # 2 x .02 is not passed
+        ({"eval_other": 0.341, "eval_other_se": 0.0}, ["other"], "better", False),
         ({"eval_reward": 0.45}, ["other"], "no gain", False),
         ({"eval_reference_perplexity": 23.5}, ["other"], "better", True),
         ({"eval_dist_2": 0.8}, ["other"], "better", True),

@@ -985,6 +985,15 @@ def test_the_meaning_of_the_tokens_is_measured_on_held_out_rows_and_a_lack_of_it
     assert all(line["token_auc_se"] > 0 and line["heldout_nll"] > 0 for line in told)
 
 
+@pytest.mark.parametrize("meaning_rows", [0, 1])
+def test_without_rows_for_it_the_meaning_of_the_tokens_is_not_measured(meaning_rows, tmp_path):
+    trainer = make(tmp_path, num_generations=4, heldout_share=0.5, meaning_rows=meaning_rows)
+    trainer.explore(0)
+    trainer.quantize(0)
+    assert trainer.open_pool().held_out.sum() > 8
+    assert trainer.measure_tokens() == {}
+
+
 @pytest.mark.parametrize(
     ("strength", "nll", "told"),
     [(3.0, 2.2, r"Lower explore_strength \(3\), or learn"), (1.0, 2.2, "Raise beta, or learn"), (3.0, 2.0, None)],

@@ -621,6 +621,11 @@ class QuarkConfig(TrainingArguments):
                 "enable_jit_checkpoint=True would take SIGTERM from Quark, which saves a checkpoint then already. Leave"
                 " it False."
             )
+        if not self.average_tokens_across_devices:
+            raise ConfigError(
+                "average_tokens_across_devices=False would weigh each process's tokens by how few it has, so that the"
+                " loss would depend on the number of processes. Leave it True."
+            )
         if self.push_to_hub:
             raise ConfigError(
                 "push_to_hub=True would publish the whole run folder, the pool with every prompt and completion too."
@@ -660,6 +665,14 @@ class QuarkConfig(TrainingArguments):
                     "save_strategy='best' would never save without eval_strategy='steps'. Set that, eval_steps and"
                     " metric_for_best_model too, or save_strategy='epoch'."
                 )
+
+        chooses = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        metric = self.metric_for_best_model or ("loss" if chooses else None)  # as Trainer would have it
+        if metric in ("loss", "eval_loss"):
+            raise ConfigError(
+                f"metric_for_best_model={metric!r} is not measured on held-out prompts. Set eval_strategy='steps' and"
+                " metric_for_best_model='eval_reward', or 'eval_' and an independent scorer's name."
+            )
 
     def _check_parsed_fields(self) -> None:
         """What TrainingArguments has read from JSON by now. Raises: ConfigError."""

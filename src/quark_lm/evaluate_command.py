@@ -384,7 +384,7 @@ class EvaluationRun:
         from .packaged import PACKAGED, fastest_dtype, hub_commit
         from .policy import check_head
         from .prompts import encode
-        from .steering import context_length
+        from .steering import context_length, eos_ids
 
         request = self.request
         if request.model is None:
@@ -452,6 +452,7 @@ class EvaluationRun:
             "weights": weights_digest(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_digest(tokenizer, tokens),
+            "eos_ids": eos_ids(model, tokenizer),
             "reward_tokens": list(tokens.texts) if tokens is not None else None,
             "reward_attributes": list(tokens.attributes) if tokens is not None else [],
             "quantile": quantile,

@@ -11,6 +11,7 @@ import math
 import random
 import time
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import set_seed
 
 from .errors import DataError, QuarkError, RewardError
 from .generation import sample_seeds
+from .policy import learned_digest
 from .pool import PartialRound, read_initial
 from .prompts import EncodedPrompts, as_completion, encode, is_held_out
 from .rewards.runner import RewardBatch, RewardRunner
@@ -94,12 +96,12 @@ def own_samples(trainer: QuarkTrainer, num: int, each: int) -> np.ndarray:
 
 
 def held_out_columns(
-    trainer: QuarkTrainer, prompts: EncodedPrompts, quantile: int | None, kept_as: int | None
+    trainer: QuarkTrainer, prompts: EncodedPrompts, quantile: int | None, keep: bool
 ) -> tuple[dict[str, np.ndarray], list[str], list[float]]:
     """(each scorer's values, NaN for none; texts; NLL a token of the first under the original model) of completions of
     held-out prompts, prompt by prompt, the same on every rank.
 
-    Args: kept_as: the step under which batches are kept as they come, until their figures are saved; None: nowhere.
+    Args: keep: whether batches are kept on disk as they come, until a checkpoint holds their figures.
     Raises: RewardError, GenerationError on every rank when one has it; KeyboardInterrupt when the run was told to stop.
     """
     args, accelerator = trainer.args, trainer.accelerator
@@ -109,10 +111,13 @@ def held_out_columns(
     own = prompts.select((mine // each).tolist())
     size = _chunk(trainer, each)
     kept = None
-    if kept_as is not None:
-        # a GPU may have learned other weights to this step than before a kill; the round's means tell
-        learned = [trainer.round_metrics.get(name) for name in ("nll", "kl")]
-        kept = _kept(trainer, "step", kept_as, len(seeds), own, size, learned=learned)
+    if keep:
+        scorers = [trainer.rewards, *([trainer.eval_rewards] if trainer.eval_rewards else [])]
+        of, written = ("base" if quantile is None else "step"), [sorted(runner.sources.items()) for runner in scorers]
+        # after a kill a GPU may learn other weights to this step than before it
+        learned = learned_digest(trainer.model) if quantile is not None else None
+        more = {"learned": learned, "reward_sources": f"{zlib.crc32(repr(written).encode()):08x}"}
+        kept = _kept(trainer, of, trainer.state.global_step, len(seeds), own, size, **more)
     with _batches_of(trainer, kept):
         ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts", kept=kept)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
@@ -156,7 +161,7 @@ def _held_out_scores(
 def _kept(
     trainer: QuarkTrainer, of: str, number: int, samples: int, own: EncodedPrompts, chunk: int, **more: Any
 ) -> PartialRound:
-    """What is on disk already of a round's samples, or of the held-out ones of a step.
+    """What is on disk already of a round's samples, or of the held-out ones of a step or of the base.
 
     Args: own: a rank's own part of the samples; more: what else they depend on.
     """

@@ -46,6 +46,8 @@ def _meaning(trainer: QuarkTrainer, assigned: np.ndarray, attribute: int) -> dic
     """Of one attribute's tokens: the others stay as they are in each row."""
     pool, args, tokens = trainer.open_pool(), trainer.args, trainer.reward_tokens
     per_end = args.meaning_rows // 2
+    if not per_end:
+        return {}
     levels = tokens.all_levels(assigned)[attribute]
     good = np.flatnonzero(pool.held_out & (levels == tokens.num_quantiles - 1))[-per_end:]
     bad = np.flatnonzero(pool.held_out & (levels == 0))[-per_end:]
@@ -211,31 +213,41 @@ def _counts(line: dict[str, Any]) -> bool:
 def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict[str, Any]:
     """What the held-out prompts say of a run, in a word and in a sentence.
 
-    A score rose when it is above the base's by twice the standard error of the difference.
+    A score rose when it is above the base's by twice the standard error of a difference of two independent means, which
+    is larger than that of the same prompts' difference. An independent score that is above by once that error, and not
+    twice, says neither.
 
     Args: lines: of metrics.jsonl; independent: names of the scorers that training never saw.
-    Returns: verdict ("better", "reward hacking", "unconfirmed" where no independent scorer measured, "no gain"),
-        drifted, and text; empty when the held-out prompts were not measured before and after.
+    Returns: verdict ("better", "reward hacking", "unconfirmed" where no independent scorer measured or its rise may be
+        chance, "no gain"), drifted, and text; empty when the held-out prompts were not measured before and after.
     """
     base = next((line for line in lines if "base_reward" in line), None)
     last = next((line for line in reversed(lines) if "eval_reward" in line and _counts(line)), None)
     if base is None or last is None:
         return {}
 
-    def told(name: str) -> tuple[bool, str]:
+    def told(name: str) -> tuple[float, str]:
+        """(The change in standard errors, in words.)"""
         before, after = base[f"base_{name}"], last[f"eval_{name}"]
         # one prompt alone has no error, and shows nothing
         error = math.hypot(base.get(f"base_{name}_se", math.inf), last.get(f"eval_{name}_se", math.inf))
-        return after - before > 2 * error, f"{before:.3f} -> {after:.3f}"
+        return (after - before) / max(error, 1e-300), f"{before:.3f} -> {after:.3f}"
 
     rose, reward = told("reward")
     others = {name: told(name) for name in independent if f"base_{name}" in base and f"eval_{name}" in last}
-    flat = [f"{name} ({change})" for name, (went_up, change) in others.items() if not went_up]
-    if not rose:
+    flat = [f"{name} ({change})" for name, (errors, change) in others.items() if errors <= 1]
+    unsure = [f"{name} ({change})" for name, (errors, change) in others.items() if 1 < errors <= 2]
+    if rose <= 2:
         word, text = "no gain", f"The held-out reward did not rise ({reward})."
     elif flat:
         word = "reward hacking"
         text = f"The held-out reward rose ({reward}), but not {', '.join(flat)}: the model may only please the reward."
+    elif unsure:
+        word = "unconfirmed"
+        text = (
+            f"The held-out reward rose ({reward}); the rise of {', '.join(unsure)}, which training never saw, may be"
+            " chance. More held-out prompts would tell."
+        )
     elif others:
         word = "better"
         shown = ", ".join(f"{name} ({change})" for name, (_, change) in others.items())
@@ -255,8 +267,9 @@ def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict
     return {"verdict": word, "drifted": bool(drifted), "text": text, "step": last["step"]}
 
 
-def best_step(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> int | None:
-    """The step at whose end the held-out prompts scored best, by the first independent scorer where there is one."""
+def best_step(lines: Sequence[dict[str, Any]], independent: Sequence[str], steps_per_round: int) -> int | None:
+    """The last step of the round after which held-out prompts scored best, by the first independent scorer if any."""
     name = f"eval_{independent[0] if independent else 'reward'}"
     measured = [line for line in lines if line.get(name) is not None and _counts(line)]
+    measured = [line for line in measured if line["step"] % steps_per_round == 0]
     return max(measured, key=lambda line: line[name])["step"] if measured else None

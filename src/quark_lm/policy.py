@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import types
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, cache_utils
 
 from .collator import view
 from .errors import ConfigError, ModelError, TrainingError
@@ -108,6 +110,10 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
+# Layers of a cache that hold a state; no such class in a transformers without them.
+_LINEAR: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+
+
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
     """Compares our body and head with the model's own logits on a short input.
@@ -115,8 +121,12 @@ def check_head(model: nn.Module) -> None:
     Raises: ModelError if they differ, or the model is none that samples from a cache of keys and values.
     """
     inner = causal_lm(model)
-    if not getattr(inner.config.get_text_config(), "num_attention_heads", None) or (
-        inner.config.model_type == "recurrent_gemma"  # under left padding other words, in transformers' generate too
+    config = inner.config
+    if (
+        not getattr(config.get_text_config(), "num_attention_heads", None)
+        or config.model_type == "recurrent_gemma"  # under left padding other words, in transformers' generate too
+        # of attention and a state, whose rows no cache of transformers selects
+        or any(isinstance(layer, _LINEAR) for layer in DynamicCache(config=config).layers)
     ):
         raise ModelError(
             f"{type(inner).__name__} samples from a state and not from a cache of keys and values alone, which Quark"
@@ -278,6 +288,14 @@ def reshard(model: nn.Module) -> None:
     """Lets the gathered weights go; needs no other rank."""
     for module in sharded_modules(model):
         module.reshard()
+
+
+def learned_digest(model: nn.Module) -> str:
+    """Hex digits that change when a weight that learns does, however little; of this rank's part of sharded ones."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    parts = [local_part(p.detach()) for p in model.parameters() if p.requires_grad]
+    sums = [int(part.contiguous().view(bits[part.element_size()]).sum(dtype=torch.int64)) for part in parts]
+    return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

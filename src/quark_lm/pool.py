@@ -358,9 +358,9 @@ class PartialRound:
     """What one rank has explored of a round that is not finished, batch by batch on disk; or of held-out prompts.
 
     Args:
-        round: its number, or that of the step whose held-out prompts are measured, `of` which it is then.
+        round: its number; or that of the step at which held-out prompts are measured, `of` the base or of that step.
         key: what the batches depend on; what is on disk under another key is forgotten, which a warning tells. Under
-            another "chunk" alone the completions stay, and only their scores go.
+            another "chunk" or "reward_sources" alone the completions stay, and only their scores go.
     """
 
     def __init__(self, folder: Path, round: int, rank: int, key: Mapping[str, Any], of: str = "round") -> None:
@@ -387,7 +387,7 @@ class PartialRound:
         if not differing:
             return
         samples = [line for line in lines if "indices" in line]
-        if differing == ["chunk"]:
+        if set(differing) <= {"chunk", "reward_sources"}:
             again, num = "scored", sum(len(line["reward"]) for line in lines if "indices" not in line)
             whole = [{**key, "rows": begun["rows"]}, *samples]
         else:

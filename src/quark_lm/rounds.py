@@ -45,11 +45,12 @@ class Rounds(TrainerCallback):
         trainer = self.trainer
         trainer._measured_at = state.global_step if trainer._owed is None else -1
         if trainer.eval_prompts is not None and args.eval_every and state.global_step == 0:
-            trainer.evaluate_base()
+            with trainer.keeping_held_out():
+                trainer.evaluate_base()
         if trainer._owed is not None:  # stopped between a round's last step and what is measured then
             round, trainer._owed = trainer._owed, None
             trainer.quantize(round)
-            trainer.round_metrics = {}
+            trainer.round_metrics = {"round": round}
             for line in first_tells(trainer.metrics_file.lines):
                 trainer.round_metrics |= line if line.get("round") == round else {}
             trainer.finish_round(round)

@@ -5,7 +5,7 @@ environment.json    versions and hardware
 run.json            what makes this run this run: a folder of another is refused
 metrics.jsonl       one JSON object a line, with `round` and `step`
 pool/               every sample (see pool.py)
-held-out/           what is measured of held-out prompts, until a checkpoint holds their figures
+held-out.partial/   what is measured of held-out prompts, until a checkpoint holds their figures
 checkpoint-N/       resumable; written in checkpoint.partial/, marked by `complete.json`, and only then put here
 model/              the finished model
 results.json        the figures at the end
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .config import QuarkConfig
 
 MARKER = "complete.json"
-HELD_OUT = "held-out"  # the folder in which held-out prompts are kept while they are measured
+HELD_OUT = "held-out.partial"  # the folder in which held-out prompts are kept while they are measured
 UNFINISHED = "checkpoint.partial"  # the folder in which a checkpoint is written
 # Errors by which torch and safetensors, which know no OSError, tell that a file could not be written.
 _REFUSED = ("No space left", "File too large", "quota exceeded", "file write failed", "Read-only file system",
@@ -220,7 +220,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
                 " Choose another output_dir, or give that run's settings to go on with it."
             )
         return
-    strangers = [p.name for p in folder.iterdir() if p.name in ("pool", "metrics.jsonl")] if folder.is_dir() else []
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    strangers = [name for name in ("pool", "metrics.jsonl", HELD_OUT) if name in there]
     if strangers:
         raise ConfigError(
             f"{folder} holds {strangers[0]}, but no run.json that says whose. Choose an empty output_dir."

@@ -298,6 +298,7 @@ class QuarkTrainer(Trainer):
         self.interrupted = False
         self._trains = self._is_finished = self._stops_early = False
         self._fixed = False  # what a start measures
+        self._keeps_held_out = False
         self._joint: BaseException | None = None  # what stopped all ranks at one place
         self._failed: QuarkError | None = None  # of a round's last measurements
         self._measured_at = -1  # the step at which a round's last measurements were made
@@ -333,8 +334,10 @@ class QuarkTrainer(Trainer):
             self._check_rewards(round, columns)
         except RewardError:  # a mended reward can then go on with the same completions
             journal = partial_path(self.pool_folder, round, self.accelerator.process_index)
-            if journal.is_file():  # a user's own scored data has none
-                PartialRound.forget_scores(journal)
+            # a user's own scored data has no journal; the base's held-out prompts were scored by the same function
+            held_out = self.held_out_folder.glob(f"*.rank-{self.accelerator.process_index}.*")
+            for path in filter(Path.is_file, [journal, *held_out]):
+                PartialRound.forget_scores(path)
             raise
         if self.is_world_process_zero():
             pool.append(round, columns, figures)
@@ -453,6 +456,15 @@ class QuarkTrainer(Trainer):
         """Removes what was kept of a round that is there."""
         if self.is_world_process_zero():
             PartialRound.remove(self.pool_folder, round)
+
+    @contextlib.contextmanager
+    def keeping_held_out(self) -> Iterator[None]:
+        """Within it, held-out prompts are kept as they come: elsewhere a caller may evaluate any weights at a step."""
+        self._keeps_held_out = True
+        try:
+            yield
+        finally:
+            self._keeps_held_out = False
 
     def sweep_held_out(self) -> None:
         """Removes what was kept of held-out prompts whose figures are saved."""
@@ -581,7 +593,7 @@ class QuarkTrainer(Trainer):
         loss = model(inside=functools.partial(self._loss_inside, told), batch=inputs, denominator=denominator)
         self.policy.let_reference_go()
         self._sums[:5] += told[0].cpu().double()
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the wrapper averages the ranks' gradients
         return (loss, {}) if return_outputs else loss
 
@@ -680,9 +692,7 @@ class QuarkTrainer(Trainer):
         """others: the prompts are not the run's own, so that its verdict leaves the figures out."""
         self.open_pool()  # the folder is this run's from here on, and may hold its figures
         self.fix_what_is_measured()
-        # outside train() the caller may have changed the weights
-        kept_as = self.state.global_step if self._trains and not others else None
-        columns, texts, nll = held_out_columns(self, prompts, quantile, kept_as)
+        columns, texts, nll = held_out_columns(self, prompts, quantile, self._keeps_held_out)
         figures = measuring.held_out_figures(columns, texts, self.args.num_eval_generations)
         figures["reference_perplexity"] = float(np.exp(nll).mean())
         metrics = {f"{prefix}_{name}": value for name, value in figures.items()}
@@ -865,11 +875,15 @@ class QuarkTrainer(Trainer):
         if figures:
             self.log(dict(figures))
         if self.eval_prompts is not None and args.eval_every and (round + 1) % args.eval_every == 0:
-            self.evaluate()
+            with self.keeping_held_out():
+                self.evaluate()
             names = self.eval_rewards.names if self.eval_rewards else ()
-            # Trainer then keeps that round's checkpoint, whatever save_total_limit says; it also waits for all ranks
-            # when there is one, so that all must know it
-            self.state.best_global_step = first_tells(lambda: measuring.best_step(self.metrics_file.lines(), names))
+            if args.metric_for_best_model is None:
+                # Trainer then keeps that round's checkpoint, whatever save_total_limit says; it also waits for all
+                # ranks when there is one, so that all must know it
+                self.state.best_global_step = first_tells(
+                    lambda: measuring.best_step(self.metrics_file.lines(), names, args.steps_per_round)
+                )
         self._measured_at = self.state.global_step
         self.display.round_line(round, args.num_rounds, self.round_metrics)
         measuring.warn_of_meaning(self, round, figures)
@@ -891,7 +905,7 @@ class QuarkTrainer(Trainer):
         0 may be better than what any model says."""
         ranked = figures.get("samples", 0) - figures.get("dropped", 0)
         enough = ranked >= _EARLY_STOP_ROWS * self.args.num_quantiles
-        of_its_own = self.initial_pool is None or figures["round"] > 1
+        of_its_own = self.initial_pool is None or figures.get("round", 0) > 1
         return bool(self.args.early_stop) and enough and of_its_own and figures.get("share_above_best") == 0.0
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -345,7 +345,8 @@ def _ids_as_drawn(completions: CompletionSet, evaluator: Evaluator) -> list[_Pai
 
     assert completions.prompt_ids is not None
     assert completions.completion_ids is not None
-    ends = set(eos_ids(evaluator.model, evaluator.tokenizer))
+    # a tuned model may end in another token of the vocabulary that it shares with its base
+    ends = {*eos_ids(evaluator.model, evaluator.tokenizer), *(completions.facts["made"].get("eos_ids") or ())}
     pairs = []
     for p, ids in zip(completions.prompt_of.tolist(), completions.completion_ids, strict=True):
         prompt = completions.prompt_ids[p]
