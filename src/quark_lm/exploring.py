@@ -151,11 +151,10 @@ def _held_out_scores(
             f"Reward function {first.function} failed on the held-out prompts ({first.reason}), so there is"
             " nothing to compare. Mend it and give the same command again."
         )
-    told = _as_json(batch)
-    rewards = told["rewards"]
+    by_name = dict(batch.per_function)
     if trainer.eval_rewards:
-        rewards |= _as_json(score(trainer, trainer.eval_rewards, prompts, texts, ids))["rewards"]
-    return {"reward": told["reward"], "rewards": rewards}
+        by_name |= score(trainer, trainer.eval_rewards, prompts, texts, ids).per_function
+    return {"reward": _plain(batch.total), "rewards": {name: _plain(values) for name, values in by_name.items()}}
 
 
 def _kept(
@@ -292,13 +291,14 @@ def _chunk_by_chunk(
     return [scores[chunk] for chunk in sorted(scores)]
 
 
-def _as_json(batch: RewardBatch) -> dict[str, Any]:
-    def plain(values: np.ndarray) -> list[float | None]:
-        return [None if math.isnan(value) else value for value in values.tolist()]
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
+
+def _as_json(batch: RewardBatch) -> dict[str, Any]:
     return {
-        "reward": plain(batch.total),
-        "rewards": {name: plain(values) for name, values in batch.per_function.items()},
+        "reward": _plain(batch.total),
+        "rewards": {name: _plain(values) for name, values in batch.per_function.items()},
         "extras": {name: [str(value) for value in values] for name, values in batch.extra.items()},
         "figures": {name: list(sums) for name, sums in batch.metric_sums.items() if math.isfinite(sums[0])},
     }
