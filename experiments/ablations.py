@@ -117,7 +117,8 @@ def trial(name: str, settings: dict[str, Any], seed: int, args: argparse.Namespa
     trainer.train()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = {key: value for line in lines for key, value in line.items()}
-    keys = ("initial_token_auc", "token_auc", "token_auc_se", "nll", "heldout_nll", "kl")
+    keys = ["initial_token_auc", "token_auc", "token_auc_se", "nll", "heldout_nll"]
+    keys += ["kl"] if trainer.args.beta else []  # without its weight the KL is not computed
     return {key: round(told[key], 4) for key in keys if told.get(key) is not None}
 
 
@@ -140,10 +141,11 @@ def table(found: list[dict[str, Any]]) -> None:
 
             shared = [rows[s]["token_auc"] - base[s]["token_auc"] for s in rows if s in base]
             low, high = (f"{f(shared):+.3f}" if shared else "" for f in (min, max))
+            kl = "not told" if math.isnan(mean("kl")) else f"{mean('kl'):.2f}"
             change = "" if name == "default" else low if low == high else f"{low} to {high}"
             print(
                 f"| {question} | {name} | {len(rows)} | {mean('initial_token_auc'):.3f} | {mean('token_auc'):.3f} |"
-                f" {change} | {mean('nll'):.2f} / {mean('heldout_nll'):.2f} | {mean('kl'):.3f} |"
+                f" {change} | {mean('nll'):.2f} / {mean('heldout_nll'):.2f} | {kl} |"
             )
 
 
