@@ -1,5 +1,6 @@
 """What `check` says of rewards that are good and of each kind that is not, and of tags."""
 
+import functools
 import json
 import math
 import random
@@ -138,7 +139,7 @@ def test_columns_and_ids_reach_the_reward(tmp_path):
     assert seen[0] == ("a b a 0", [0, 1, 0, 2], 0)
 
 
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, functools.partial(tiny_llama, tie=False)])
 def test_completions_are_sampled_and_tags_tried(build):
     model, tokenizer = build(), tiny_tokenizer()
     words = len(tokenizer)

@@ -365,6 +365,15 @@ def test_only_what_the_disk_refuses_is_told_as_the_disks(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_mistyped_run_is_told_without_asking_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "polite").mkdir(parents=True)
+    (tmp_path / "runs" / "polite" / "run.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    with pytest.raises(ModelError, match=r"There is no folder runs/polit here, and runs holds runs: polite\. Name one"):
+        export.load("runs/polit")
+
+
 def test_any_models_name_is_loaded_without_reward_tokens(tmp_path):
     saved_base("gpt2-tied", tmp_path / "base")
     loaded, _, tokens = export.load(tmp_path / "base", dtype="bfloat16")

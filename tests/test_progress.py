@@ -65,6 +65,15 @@ def test_lines_into_a_pipe_are_120_wide_and_never_wrapped(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_in_a_pipe_a_bar_is_one_line_as_it_begins(capsys):
+    with Display().bar("round 1 explore", 1536, "samples") as advance:
+        assert capsys.readouterr().err == "round 1 explore: 1,536 samples\n"
+        advance(512)
+    with Display(bars=False).bar("round 1 explore", 1536, "samples"), Display(enabled=False).bar("score", 2):
+        pass
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_bar_fits_the_terminal(width):
     file = io.StringIO()

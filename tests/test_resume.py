@@ -491,8 +491,23 @@ OTHER_RUNS = {
         },
         "initial_pool: None there",
     ),
+    "another token to explore with": (
+        {"explore_token": "random", "draw": "all"},
+        {},
+        "explore_token: 'best' there, 'random'",
+    ),
     "weights of another dtype": ({"model": tiny_llama().to(torch.bfloat16)}, {}, "dtype: 'float32' there, 'bfloat16'"),
 }
+
+
+def test_a_run_whose_token_was_hidden_as_a_secret_goes_on(tmp_path):
+    make(tmp_path).explore(0)
+    path = tmp_path / "run.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "explore_token": "<EXPLORE_TOKEN>"})
+    )  # before it was told
+    make(tmp_path).open_pool()
+    assert "explore_token: best" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("other", OTHER_RUNS)

@@ -113,14 +113,20 @@ def _failed(error: Exception, debug: bool) -> int:
     if isinstance(error, _ClickException):
         where = getattr(getattr(error, "ctx", None), "command_path", "quark")
         reason = error.format_message()  # type: ignore[attr-defined]
-        _say(f"{reason.replace('Value error, ', '')} See {where} --help.")
+        _say(f"{_sentence(reason.replace('Value error, ', ''))} See {where} --help.")
         return 2
     if isinstance(error, QuarkError):
         _say(str(error))
         return 2
     reason = str(error).strip() or "no message"
-    _say(f"failed: {type(error).__name__}: {reason}" + ("" if debug else " Run it again with --debug to see where."))
+    text = f"failed: {type(error).__name__}: {reason}"
+    _say(text if debug else f"{_sentence(text)} Run it again with --debug to see where.")
     return 1
+
+
+def _sentence(text: str) -> str:
+    """With a full stop, where it has no end of its own."""
+    return text if text.endswith((".", "!", "?", ":", ")")) else f"{text}."
 
 
 def _end_group() -> None:
@@ -555,7 +561,9 @@ def _print_report(report: Report) -> None:
 def pool(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     top: Annotated[int, typer.Option(min=0, help="Best and worst samples to show, so many of each.")] = 5,
-    round: Annotated[int | None, typer.Option(help="Whose samples. Default: the last round.")] = None,
+    round: Annotated[
+        int | None, typer.Option(help="Whose samples, counted from 0 as in metrics.jsonl. Default: the last round.")
+    ] = None,
     show_bottom: Annotated[
         bool, typer.Option("--show-bottom", help="Show the worst samples' text, which may be toxic.")
     ] = False,

@@ -431,6 +431,10 @@ class QuarkConfig(TrainingArguments):
         super().__post_init__()
         self._check_parsed_fields()
 
+    def to_dict(self) -> dict[str, Any]:
+        # Trainer takes every field whose name ends in "_token" for a secret
+        return super().to_dict() | {"explore_token": self.explore_token}
+
     def _check_types(self) -> None:
         """Raises: ConfigError for a value that is of another type than our field, such as text for a number."""
         for name, annotation in QuarkConfig.__annotations__.items():
@@ -483,7 +487,8 @@ class QuarkConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ConfigError(
-                    f"{name}={value} is below {least}, where it has no meaning. Set it to {least} or more."
+                    f"{name}={value} is {f'below {least}' if value == value else 'no number'}, where it has no meaning."
+                    f" Set it to {least} or more."
                 )
         GenerationSettings(**{name: getattr(self, name) for name in DRAWING})  # which checks them
         for name in ("token_dropout", "heldout_share"):

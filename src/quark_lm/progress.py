@@ -49,11 +49,14 @@ class Display:
         self.console = console or make_console(stderr=True)
         self.enabled = enabled
         self.bars = enabled and bars and self.console.is_terminal
+        self.tells = enabled and bars and not self.bars
         self.independent_names: Sequence[str] = ()
 
     @contextmanager
     def bar(self, verb: str, total: int, unit: str = "") -> Iterator[Any]:
-        """A bar whose yielded function adds n done; it goes away when it is full."""
+        """A bar whose yielded function adds n done; it goes away when it is full. In a pipe or a log a line instead."""
+        if self.tells:
+            self.line(f"{verb}: {total:,} {unit}".rstrip())
         if not self.bars:
             yield lambda n=1: None
             return

@@ -195,6 +195,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
                 f"{path} is damaged, so it cannot be told whose run this is. Restore it from a copy, or choose another"
                 " output_dir."
             ) from None
+        if there.get("explore_token") == "<EXPLORE_TOKEN>":
+            there["explore_token"] = identity.get("explore_token")  # it was hidden, as if it were a secret
         if there.get("draw") == "ends":
             there.setdefault("best_share", 0.5)  # before there was such a field
         # what only one of the two names came with another version, and is no difference
@@ -338,8 +340,9 @@ def without_secrets(config: Any) -> Any:
         return [without_secrets(value) for value in config]
     if not isinstance(config, dict):
         return config
+    secret = {key for key in config if str(key).endswith("token")} - {"explore_token"}  # a choice of two words
     return {
-        key: "(hidden)" if str(key).endswith("token") and isinstance(value, str) else without_secrets(value)
+        key: "(hidden)" if key in secret and isinstance(value, str) else without_secrets(value)
         for key, value in config.items()
     }
 

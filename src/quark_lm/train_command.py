@@ -502,7 +502,11 @@ def _tell(folder: Path) -> None:
     """The figures on the held-out prompts, a line a system, and where everything is."""
     from .export import flat
 
-    for row in json.loads((folder / "results.json").read_text(encoding="utf-8")).get("systems", ()):
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if results.get("systems"):
+        num, each = results["held_out_prompts"], results["completions_per_prompt"]
+        print(f"On {num * each} new completions of the {num} held-out prompts, perplexity over all their tokens:")
+    for row in results.get("systems", ()):
         figures = flat({name: value for name, value in row.items() if name not in ("system", "completions")})
         wanted = [f"{name.removesuffix(' mean')} {text}" for name, text in figures.items() if _is_told(name)]
         print(f"{row['system']:<6}" + ", ".join(wanted))

@@ -145,7 +145,8 @@ def _title(results: dict[str, Any]) -> str:
 def _print_notes(console: Console, results: dict[str, Any], counts: dict[str, Any], notes: list[str]) -> None:
     out = list(dict.fromkeys(notes))
     if counts["without_words"]:
-        out.append(f"{counts['without_words']} completions hold no word.")
+        one = counts["without_words"] == 1
+        out.append(f"{counts['without_words']} completion{'' if one else 's'} hold{'s' if one else ''} no word.")
     evaluator = results["evaluator"]
     if evaluator:
         out.append(f"Perplexity under {printable(evaluator['model'])}, tokens {evaluator['tokens']}.")
