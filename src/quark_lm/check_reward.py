@@ -355,7 +355,7 @@ class _Trial:
         to_device(self.model)
         self.position, self.seed = position, seed
         self.settings = GenerationSettings(max_completion_length=max_completion_length, temperature=temperature)
-        self.completer: HFCompleter = HFCompleter(self.model, eos_ids(self.model, self.tokenizer))
+        self.completer = HFCompleter(self.model, eos_ids(self.model, self.tokenizer))
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.pad_id = int(next((i for i in (pad, eos) if i is not None), 0))
 
@@ -414,6 +414,8 @@ class _Trial:
 
         plain: completions without a token, whose prompts are completed again with the best one, by the same draws.
         """
+        from .generation.hf import HFCompleter
+
         assert plain.prompts is not None
         tokens = RewardTokens.create(
             self.model,
@@ -425,7 +427,7 @@ class _Trial:
             seed=self.seed,
         )
         if texts is None:  # new rows may have replaced the head
-            self.completer = type(self.completer)(self.model, self.completer.eos_ids)
+            self.completer = HFCompleter(self.model, self.completer.eos_ids)
         auc, auc_se = self._auc(tokens, samples, rewards, num_quantiles)
         asked = self.sample(plain.prompts, tokens)
         return TagFigures(
