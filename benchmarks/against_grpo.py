@@ -235,8 +235,12 @@ def reached(points: list[dict[str, Any]], name: str, target: float) -> float | N
 
 
 def compared(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ratios of the seconds to the same held-out reward: the lower of the two ends, which both reached."""
+    """The ratios of the seconds to the same held-out reward: the lower of the two ends, which both reached.
+
+    None where that end is no higher than the model's own reward: nothing was reached.
+    """
     end = min(ours[-1]["reward"], others[-1]["reward"])
+    rose = end > max(ours[0]["reward"], others[0]["reward"])
     seconds = {
         "quark": reached(ours, "reward", end),
         "quark_dial2": reached(ours, "dial2_reward", end),
@@ -245,7 +249,7 @@ def compared(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[s
 
     def ratio(name: str) -> float | None:
         mine, other = seconds[name], seconds["other"]
-        return None if mine is None or not other else mine / other
+        return mine / other if rose and mine is not None and other else None
 
     def at_end(point: dict[str, Any]) -> dict[str, float]:
         return {key: value for key, value in point.items() if key not in ("step",)}
