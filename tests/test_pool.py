@@ -72,7 +72,7 @@ def test_the_same_key_finds_what_was_kept_whatever_the_rows_of_a_batch(tmp_path)
 def test_another_chunk_costs_the_scores_alone_and_says_so(tmp_path):
     begun(tmp_path)
     now = {**KEY, "chunk": 4, "rows": 16}
-    with pytest.warns(UserWarning, match=r"^2 samples .* round 3 are scored again \(chunk: 2 before, 4 now\)"):
+    with pytest.warns(UserWarning, match=r"^2 samples .* round 4 are scored again \(chunk: 2 before, 4 now\)"):
         kept = PartialRound(tmp_path, 3, 0, now)
     assert (kept.completions, kept.scores, kept.seconds) == ({0: [5], 1: [6]}, {}, 0.5)
     assert kept.key == {**now, "rows": 8}  # the batches stay those that it was begun with

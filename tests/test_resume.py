@@ -293,7 +293,7 @@ def test_a_few_rewards_may_fail_and_their_samples_have_none(tmp_path, monkeypatc
     with (
         pytest.warns(
             UserWarning,
-            match=r"failed for 16 of 48 completions of round 0 \(sometimes: ConnectionError: the server is gone\)",
+            match=r"failed for 16 of 48 completions of round 1 \(sometimes: ConnectionError: the server is gone\)",
         ),
         pytest.warns(UserWarning, match="dropped 16 of 48"),
     ):
@@ -386,7 +386,7 @@ def test_a_first_attempt_without_a_sample_gives_its_folder_away(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 9
 
 
-@pytest.mark.filterwarnings("ignore:32 samples that were kept of round 0 are scored again")
+@pytest.mark.filterwarnings("ignore:32 samples that were kept of round 1 are scored again")
 def test_another_reward_batch_size_samples_nothing_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         raises_at("a chunk's scores", 2, patch)
@@ -821,7 +821,8 @@ def test_held_out_prompts_that_other_weights_completed_are_completed_again(tmp_p
     trainer = held_out_run(tmp_path, asked)
     trainer.add_callback(Nudge())
     with pytest.warns(
-        UserWarning, match=r"6 samples that were kept of step 3 are sampled and scored again \(learned: "
+        UserWarning,
+        match=r"6 samples that were kept of held-out prompts at step 3 are sampled and scored again \(learned: ",
     ):
         trainer.train()
     assert [step for step, _ in asked] == [3] * 3 + [6] * 3  # the base's are kept
@@ -867,7 +868,7 @@ def test_a_mended_reward_scores_the_kept_held_out_prompts_anew(independent, tmp_
         reward_run(*before).train()
     kept = (tmp_path / "held-out.partial" / "base-00000.rank-0.partial.jsonl").read_text()
     assert '"indices"' in kept
-    again = pytest.warns(UserWarning, match="kept of base 0 are scored again")
+    again = pytest.warns(UserWarning, match="kept of the base on held-out prompts are scored again")
     with again if independent else contextlib.nullcontext():
         reward_run(*((mended, mended) if independent else (mended, graded))).train()
     line = next(line for line in metrics(tmp_path) if "base_reward" in line)

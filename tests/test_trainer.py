@@ -425,7 +425,7 @@ BAD_REWARDS = {
     "infinite": (lambda completions, **kwargs: [math.inf for _ in completions], "returned inf at index 0"),
     "all None": (
         lambda completions, **kwargs: [None for _ in completions],
-        "gave None for all 12 completions of round 0",
+        "gave None for all 12 completions of round 1",
     ),
     "constant": (lambda completions, **kwargs: [0.25 for _ in completions], r"rewards .* are equal \(0.25\)"),
     "nothing": (lambda completions, **kwargs: None, "returned None, not a list"),

@@ -226,7 +226,7 @@ def _scored(
             if failed > args.max_failed_rewards * len(texts):
                 raise RewardError(
                     f"Reward function {first.function} failed ({first.reason}) and left {failed} of"
-                    f" {len(texts)} completions of round {round} without a reward, more than"
+                    f" {len(texts)} completions of round {round + 1} without a reward, more than"
                     f" max_failed_rewards={args.max_failed_rewards}. Mend it and give the same command again:"
                     " what is scored is kept."
                 )
@@ -235,7 +235,8 @@ def _scored(
     lines = _chunk_by_chunk(trainer, len(texts), size, (args.seed, round), score_rows, kept, f"round {round + 1} score")
     if failed:
         warnings.warn(
-            f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round} ({reason})", stacklevel=2
+            f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round + 1} ({reason})",
+            stacklevel=2,
         )
     columns: dict[str, list[Any]] = {
         "prompt_ids": prompts.ids,

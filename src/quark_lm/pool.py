@@ -397,9 +397,9 @@ class PartialRound:
             whole = [dict(key)]
         if num:
             changes = ", ".join(f"{name}: {begun.get(name)} before, {key.get(name)} now" for name in differing)
-            warnings.warn(
-                f"{num:,} samples that were kept of {of} {round} are {again} again ({changes}).", stacklevel=4
-            )
+            held_out = {"base": "the base on held-out prompts", "step": f"held-out prompts at step {round}"}
+            what = held_out.get(of, f"round {round + 1}")
+            warnings.warn(f"{num:,} samples that were kept of {what} are {again} again ({changes}).", stacklevel=4)
         with written_whole(self.path) as temporary:  # a kill must not lose what stays
             temporary.write_text("".join(f"{_line(line)}\n" for line in whole), encoding="utf-8")
         self._journal = Journal(self.path, lambda: dict(key), PoolError)

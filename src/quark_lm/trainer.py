@@ -477,10 +477,10 @@ class QuarkTrainer(Trainer):
         known = np.isfinite(rewards).all(0)
         if not known.any():
             raise RewardError(
-                f"The reward functions gave None for all {len(known)} completions of round {round}, so there is"
+                f"The reward functions gave None for all {len(known)} completions of round {round + 1}, so there is"
                 " nothing to rank. Try the reward alone: quark check-reward."
                 if len(names) == 1
-                else f"None of the {len(known)} completions of round {round} has a reward in all of"
+                else f"None of the {len(known)} completions of round {round + 1} has a reward in all of"
                 f" {', '.join(self.args.reward_attributes or ())}, so there is nothing to rank. Mend the one that"
                 " gives None."
             )
