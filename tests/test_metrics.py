@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quark_lm.errors import ConfigError, DataError
@@ -317,6 +317,7 @@ def test_the_interval_of_a_coin():
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None)  # the first one imports scipy
 @given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=30))
+@example(values=[-3.8179552975413236] * 3)
 def test_the_interval_holds_the_mean_between_the_extremes(values, method):
     result = bootstrap_interval(values, num_resamples=200, method=method)
     assert result["mean"] == pytest.approx(np.mean(values))

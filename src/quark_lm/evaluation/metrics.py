@@ -485,4 +485,5 @@ def _bca(
     low, high = result.confidence_interval
     if np.isnan(low) or np.isnan(high):
         low, high = np.quantile(result.bootstrap_distribution, ((1 - level) / 2, (1 + level) / 2))
+    low, high = sorted((low, high))  # between equal values it rounds either way
     return {"mean": float(statistic(np.arange(num_prompts))), "low": float(low), "high": float(high)}
