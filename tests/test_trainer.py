@@ -731,7 +731,7 @@ def test_a_model_by_its_folder_brings_its_tokenizer(tmp_path):
     )
     trainer.train()
     assert trainer.processing_class("the cat")["input_ids"] == tiny_tokenizer()("the cat")["input_ids"]
-    with pytest.raises(ModelError, match="There is no folder .*none here"):
+    with pytest.raises(ModelError, match=r"There is no folder .*none here"):
         QuarkTrainer(str(tmp_path / "none"), graded, settings(tmp_path / "x"), Dataset.from_dict({"prompt": PROMPTS}))
 
 
