@@ -465,6 +465,7 @@ def test_ctrl_c_stops_at_once_what_is_under_way(server):
     code = f"""
 import signal
 from quark_lm.rewards.runner import RewardRunner
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 try:
     RewardRunner("http(url={server.url}, timeout=50)").score(["p"], ["c"], [[1]], {{}})
 except KeyboardInterrupt:
