@@ -742,15 +742,22 @@ def test_a_batch_size_that_is_asked_for_holds_in_a_round_that_was_begun_with_ano
     assert sizes[done:] == ([2] * (left // 2) if asked else [8] * (left // 8))
 
 
-def test_a_scorer_that_fails_on_held_out_prompts_keeps_the_rounds_learning(tmp_path):
-    calls = []
+def failing_at(call, name="independent", asked=None):
+    """A scorer that fails when it is called for the `call`-th time; `asked` gets (step, completions) of each call."""
+    asked = [] if asked is None else asked
 
-    def independent(completions, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:  # the base's is the first
+    def scorer(completions, trainer_state, **kwargs):
+        asked.append((trainer_state.global_step, list(completions)))
+        if len(asked) == call:
             raise ConnectionError("gone")
         return graded(completions)
 
+    scorer.__name__ = name
+    return scorer
+
+
+def test_a_scorer_that_fails_on_held_out_prompts_keeps_the_rounds_learning(tmp_path):
+    independent = failing_at(2)  # the base's is the first
     settings = {"save_strategy": "epoch", "given": {**EVAL, "eval_reward_funcs": [independent]}}
     with pytest.raises(RewardError, match="gone"):
         make(tmp_path, **settings).train()
@@ -762,14 +769,7 @@ def test_a_scorer_that_fails_on_held_out_prompts_keeps_the_rounds_learning(tmp_p
 
 def held_out_run(folder, asked, fails_at=None):
     """A run that asks an independent scorer for two completions at once; `asked` gets (step, completions) of each."""
-
-    def independent(completions, trainer_state, **kwargs):
-        asked.append((trainer_state.global_step, list(completions)))
-        if len(asked) == fails_at:
-            raise ConnectionError("gone")
-        return graded(completions)
-
-    given = {**EVAL, "eval_reward_funcs": [independent]}
+    given = {**EVAL, "eval_reward_funcs": [failing_at(fails_at, asked=asked)]}
     small = {"generation_batch_size": 2, "reward_batch_size": 2, "num_eval_generations": 2}
     return make(folder, model=tiny_gpt2(), given=given, **{**SETTINGS, **small})
 
@@ -901,14 +901,7 @@ def test_a_best_checkpoint_is_one_of_a_rounds_end():
 @pytest.mark.filterwarnings("ignore:Too few samples are held out")
 def test_a_run_whose_metrics_were_deleted_goes_on_where_measurements_are_owed(tmp_path):
     """As docs/faults.md has it for a damaged file."""
-    calls = []
-
-    def gone(completions, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:  # the base's is the first
-            raise ConnectionError("gone")
-        return graded(completions)
-
+    gone = failing_at(2, "gone")  # the base's is the first
     own = {
         "prompt": PROMPTS,
         "completion": [f" sat {n}" for n in range(len(PROMPTS))],

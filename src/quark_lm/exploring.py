@@ -11,7 +11,6 @@ import math
 import random
 import time
 import warnings
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]  # it
 from transformers import set_seed
 
 from .errors import DataError, QuarkError, RewardError
+from .files import checksum
 from .generation import sample_seeds
 from .policy import learned_digest
 from .pool import PartialRound, read_initial
@@ -112,11 +112,11 @@ def held_out_columns(
     size = _chunk(trainer, each)
     kept = None
     if keep:
-        scorers = [trainer.rewards, *([trainer.eval_rewards] if trainer.eval_rewards else [])]
-        of, written = ("base" if quantile is None else "step"), [sorted(runner.sources.items()) for runner in scorers]
+        of = "base" if quantile is None else "step"
+        sources = trainer.rewards.sources | (trainer.eval_rewards.sources if trainer.eval_rewards else {})
         # after a kill a GPU may learn other weights to this step than before it
         learned = learned_digest(trainer.model) if quantile is not None else None
-        more = {"learned": learned, "reward_sources": f"{zlib.crc32(repr(written).encode()):08x}"}
+        more = {"learned": learned, "reward_sources": checksum(sources)}
         kept = _kept(trainer, of, trainer.state.global_step, len(seeds), own, size, **more)
     with _batches_of(trainer, kept):
         ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts", kept=kept)

@@ -55,11 +55,14 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
         return _load_gguf(file, **options)
     if name == PACKAGED:
         name = HUB_NAME
-    parent = Path(name).expanduser().parent
-    is_run = parent != Path() and any(parent.glob("*/run.json"))
-    if is_run and not Path(name).expanduser().exists():  # the hub would be asked, for long where there is none
-        runs = ", ".join(sorted(path.parent.name for path in parent.glob("*/run.json"))[:5])
-        raise ModelError(f"There is no folder {name} here, and {parent} holds runs: {runs}. Name one of them.")
+    path = Path(name).expanduser()
+    if path.parent != Path() and not path.exists():  # the hub would be asked, for long where there is none
+        runs = sorted(run.parent.name for run in path.parent.glob("*/run.json"))
+        if runs:
+            there = ", ".join(runs[:5])
+            raise ModelError(
+                f"There is no folder {name} here, and {path.parent} holds runs: {there}. Name one of them."
+            )
     # transformers would ask on the terminal whether to run a model's code where nothing says that it may not
     options = {"trust_remote_code": False, **options}
     shared = {k: options[k] for k in ("revision", "trust_remote_code") if k in options}

@@ -11,7 +11,6 @@ import functools
 import inspect
 import os
 import types
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from transformers import DynamicCache, cache_utils
 
 from .collator import view
 from .errors import ConfigError, ModelError, TrainingError
+from .files import checksum
 from .loss import token_log_probs
 
 if TYPE_CHECKING:
@@ -290,12 +290,12 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def learned_digest(model: nn.Module) -> str:
-    """Hex digits that change when a weight that learns does, however little; of this rank's part of sharded ones."""
+def learned_digest(model: nn.Module) -> int:
+    """A checksum that changes when a weight that learns does, however little; of this rank's part of sharded ones."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parts = [local_part(p.detach()) for p in model.parameters() if p.requires_grad]
     sums = [int(part.contiguous().view(bits[part.element_size()]).sum(dtype=torch.int64)) for part in parts]
-    return f"{zlib.crc32(repr(sums).encode()):08x}"
+    return checksum({"sums": sums})
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
