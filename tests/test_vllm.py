@@ -33,7 +33,7 @@ from quark_lm.generation import vllm as vllm_room
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.generation.vllm import VLLMColocated, VLLMServer, sampling
 from quark_lm.pool import PartialRound
-from quark_lm.processes import leave
+from quark_lm.processes import end_after, leave
 
 # a few steps teach the tokens nothing
 pytestmark = pytest.mark.filterwarnings("ignore:The reward tokens")
@@ -1189,11 +1189,17 @@ def test_a_real_engine_in_this_process_completes_reloads_and_bars(real_server, t
     assert complete(one, IDS * 8, settings=settings) == greedy
 
 
-if __name__ == "__main__":  # one of the two processes of a test above
+def one_of_two() -> int:
+    """What a process of a test above runs."""
     by_vllm(
         Path(sys.argv[2]),
         types.SimpleNamespace(url=sys.argv[1]),
         named(tiny_llama(), "tiny"),
         per_device_train_batch_size=2,
     ).train()
-    leave()  # a process group that lives on at the interpreter's end aborts it, now and then
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    end_after(one_of_two)

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -130,7 +130,7 @@ def _sentence(text: str) -> str:
 
 
 def _end_group() -> None:
-    """Ends a process group that an error left: gloo's threads, alive at the interpreter's end, abort it now and then.
+    """Ends a process group that an error left, of which torch would warn.
 
     NCCL's is left alone: it may wait for a process that is gone.
     """
@@ -845,5 +845,14 @@ def compare(
         _print_json(results)
 
 
+def entry() -> NoReturn:
+    """The command's process: `main`, and its end."""
+    if "LOCAL_RANK" in os.environ:
+        from .processes import end_after
+
+        end_after(main)
+    sys.exit(main())
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()

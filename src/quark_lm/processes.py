@@ -5,15 +5,17 @@ Which of them explores what is exploring.py's job, how a sharded model goes forw
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .errors import ConfigError
 
@@ -169,6 +171,27 @@ def leave() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def end_after(run: Callable[[], int]) -> NoReturn:
+    """Ends the process with the code that the function gives, as sys.exit does, but does not take Python down.
+
+    In several processes torch would abort one now and then, when all is done: a gloo thread that still frees the
+    tensors of the last collective asks a Python that ends for its lock, which ends the thread within a destructor.
+    """
+    codes: list[int] = []
+
+    def leave_at_once() -> None:
+        if codes:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(codes[0])
+
+    if "LOCAL_RANK" in os.environ:
+        atexit.register(leave_at_once)  # the first one runs last: threads and the others' handlers have ended by then
+    codes.append(run())
+    sys.exit(codes[0])
 
 
 def check_hardware(args: QuarkConfig) -> None:

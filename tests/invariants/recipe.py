@@ -26,7 +26,7 @@ from peft import LoraConfig
 from tiny import TINY_MODELS, USE_CPU, tiny_tokenizer
 from transformers import TrainerCallback
 
-from quark_lm import QuarkConfig, QuarkTrainer, policy
+from quark_lm import QuarkConfig, QuarkTrainer, policy, processes
 
 STEPS_PER_ROUND, NUM_ROUNDS, BATCH = 3, 2, 8
 SEED = 7
@@ -208,7 +208,7 @@ class Watched(policy.Joint):
         super().let_go()
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: list[str]) -> int:
     torch.set_num_threads(1)
     share, policy.Joint = policy._WHOLE_SHARE, Watched
     for name in names:
@@ -239,7 +239,8 @@ def main(folder: Path, names: list[str]) -> None:
             torch.save(whole.state_dict(), folder / f"{name}.pt")
     torch.distributed.barrier()  # no rank may leave while another still waits for it in gloo
     torch.distributed.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    processes.end_after(lambda: main(Path(sys.argv[1]), sys.argv[2:]))

@@ -309,6 +309,57 @@ def test_what_fails_one_process_on_held_out_prompts_ends_all_and_loses_no_learni
     assert "goes on" in (folder / f"{reward}.txt").read_text()
 
 
+@pytest.mark.parametrize("ending", ["end_after(run)", "cli.main = run; cli.entry()"])
+def test_a_gloo_thread_that_still_frees_tensors_does_not_abort_a_process_that_is_done(ending, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_THREADS + ending)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**environment, "LOCAL_RANK": rank, "STORE": str(tmp_path / "store")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for process in both:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 3, error  # by sys.exit(run()) one of the two aborts, four times in five
+        assert out == "a line\na handler\n"
+        assert "terminate" not in error
+
+
+# Gloo's own threads get the processor when nobody else wants it, so that they free the last tensors after all else.
+SLOW_THREADS = """
+import atexit, os, sys
+import torch.distributed
+from quark_lm import cli
+from quark_lm.processes import end_after
+
+def run():
+    atexit.register(print, "a handler")
+    store, rank = torch.distributed.FileStore(os.environ["STORE"], 2), int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    sys.group = torch.distributed.group.WORLD  # FSDP holds it until the end
+    torch.distributed.all_reduce(torch.ones(4))
+    one = min(os.sched_getaffinity(0))
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {one})
+        with open(f"/proc/self/task/{thread}/comm") as name:
+            if "gloo" in name.read():
+                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+    for _ in range(3):
+        torch.distributed.all_gather([torch.empty(4), torch.empty(4)], torch.ones(4))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    print("a line")
+    return 3
+
+"""
+
+
 def told(folder):
     """By name: the figures of a run's metrics, line by line."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
