@@ -56,6 +56,7 @@ class Measure(TrainerCallback):
         self.prompts = encode(held_out, tokenizer)
         self.settings = GenerationSettings(max_completion_length=args.tokens, top_p=0.95)
         self.points: list[dict[str, Any]] = []
+        self.explored: list[float] | None = None
         self.original: Any = None
         self.started = time.perf_counter()
         self.away = 0.0
@@ -129,10 +130,10 @@ def quark(args: argparse.Namespace, folder: Path) -> Measure:
 
 def authors(args: argparse.Namespace, folder: Path) -> Measure:
     """The authors' schedule: new random tokens, every quantile drawn, the whole model trained, its samples plain."""
-    # their batch of 128 as four of 32; their 500 steps of warm-up and decay, as a share of the run
+    # their batch of 128 as four of 32, and at least as many draws; of so few steps their warm-up is less than one
     return _quark(
-        args, folder, None, preset="authors", learning_rate=args.authors_learning_rate, warmup_steps=args.steps // 10,
-        per_device_train_batch_size=32, gradient_accumulation_steps=4, steps_per_round=max(1, args.steps // 16),
+        args, folder, None, preset="authors", learning_rate=args.authors_learning_rate, warmup_steps=0,
+        per_device_train_batch_size=32, gradient_accumulation_steps=4, steps_per_round=-(-args.steps // 16),
     )  # fmt: skip
 
 
@@ -168,6 +169,7 @@ def _quark(args: argparse.Namespace, folder: Path, peft_config: Any, **settings:
     measure.args = argparse.Namespace(**{**vars(args), "every": max(1, steps * args.every // args.steps)})
     trainer.add_callback(measure)
     trainer.train()
+    measure.explored = [line["reward"] for line in trainer.state.log_history if "reward" in line]
     return measure
 
 
@@ -194,6 +196,7 @@ def grpo(args: argparse.Namespace, folder: Path) -> Measure:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
+        gradient_checkpointing=False,  # TRL's default recomputes each forward, for memory; Quark's does not
         seed=args.seed,
     )
     reward = load_reward(TASKS[args.task].reward)
@@ -218,7 +221,8 @@ def one(args: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps({"method": args.method, "points": measure.points, "peak_gib": peak}))
+    told = {"method": args.method, "points": measure.points, "explored": measure.explored, "peak_gib": peak}
+    print(json.dumps(told))
 
 
 def reached(points: list[dict[str, Any]], name: str, target: float) -> float | None:

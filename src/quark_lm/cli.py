@@ -104,12 +104,12 @@ def _interrupted(stopped: BaseException, goes_on: bool) -> int:
 def _failed(error: Exception, debug: bool) -> int:
     # every process finds them in its input, or is told of them (`QuarkTrainer.fail_together`)
     is_shared = isinstance(error, (_ClickException, ConfigError, DataError, ModelError, RewardError, GenerationError))
-    told = is_shared and not debug and _first_process_tells()
-    _ignore_sigterm()
-    if told:
-        return 2
     if debug:
         print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr)
+    told = not (debug and is_shared) and _another_tells(is_shared)
+    _ignore_sigterm()
+    if told:
+        return 2 if is_shared else 1
     if isinstance(error, _ClickException):
         where = getattr(getattr(error, "ctx", None), "command_path", "quark")
         reason = error.format_message()  # type: ignore[attr-defined]
@@ -147,18 +147,19 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-_FIRST_TELLS_SECONDS = 5.0
+_ANOTHER_TELLS_SECONDS = 5.0
 
 
-def _first_process_tells() -> bool:
-    """Whether this is another process than the first, which ends of the same wrong input within some seconds.
+def _another_tells(is_shared: bool) -> bool:
+    """Whether another process of the run is the one to tell: torchrun stops this one within some seconds then.
 
-    torchrun stops the others when it has ended. When nobody stops us, the error is this process's own.
+    An error that all have is the first one's to tell. Any other may be that a process was lost: when it was killed,
+    torchrun must find it before this one ends. When nobody stops us, the error is this process's own.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (is_shared and os.environ.get("RANK", "0") == "0"):
         return False
     try:
-        time.sleep(_FIRST_TELLS_SECONDS)
+        time.sleep(_ANOTHER_TELLS_SECONDS)
     except KeyboardInterrupt:
         return True
     return False
