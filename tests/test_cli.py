@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -410,6 +411,70 @@ def test_an_adapter_with_new_tokens_trains_from_yaml_by_a_function_of_a_module(f
     assert main(["train", "--config", "run.yaml"]) == 0
 
 
+def test_a_scorer_that_fails_in_the_last_measuring_costs_no_model(files, tmp_path, capsys):
+    rewards = tmp_path / "late.py"
+    rewards.write_text(REWARDS + LATE)
+    flags = train_flags(files, tmp_path / "run", eval_prompts=str(files / "held_out.jsonl"), reward_retries=0)
+    flags += [f"--eval_reward_funcs={rewards}:late"]
+    assert main(["train", *flags]) == 2
+    assert "late raised OSError: the quota is used up" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert "| base |" not in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert main(["generate", str(tmp_path / "run"), "the cat"]) == 0
+    rewards.with_suffix(".flag").touch()
+    assert main(["train", *flags]) == 0
+    assert "| base |" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+LATE = """
+def late(completions, trainer_state, **kwargs):
+    if not (trainer_state.global_step < 4 or Path(__file__).with_suffix(".flag").exists()):
+        late.calls += 1
+        if late.calls > 1:  # after the last round's own held-out prompts
+            raise OSError("the quota is used up")
+    return vowels(completions)
+
+late.calls = 0
+"""
+
+
+def test_what_an_earlier_run_left_in_a_folder_is_not_a_new_runs(files, tmp_path, capsys):
+    flags = train_flags(files, tmp_path / "run", eval_prompts=str(files / "held_out.jsonl"))
+    assert main(["train", *flags]) == 0
+    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "pool")
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert main(["train", *flags, "--learning_rate=0.5"]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != weights
+
+
+def test_the_folder_is_held_until_the_model_and_its_figures_are_written(files, tmp_path, monkeypatch):
+    from filelock import FileLock, Timeout
+
+    held = []
+
+    def looked(trainer):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "run" / ".lock", timeout=0).acquire()  # as another process
+        held.append(trainer.folder)
+        return {}
+
+    monkeypatch.setattr(train_command, "_held_out", looked)
+    assert main(["train", *train_flags(files, tmp_path / "run")]) == 0
+    assert held == [tmp_path / "run"]
+    FileLock(tmp_path / "run" / ".lock", timeout=0).acquire()
+
+
+def test_none_empties_a_field_of_text(tmp_path):
+    (tmp_path / "run.yaml").write_text("eval_prompts: held-out.jsonl\nrun_name: mine\n")
+    own, named = read_settings(
+        tmp_path / "run.yaml", ["--eval_prompts", "none", "--run_name=None", "--report_to", "none"]
+    )
+    assert own["eval_prompts"] is None
+    assert (named["run_name"], named["report_to"]) == (None, "none")
+
+
 def test_an_interrupted_run_says_so_and_goes_on(files, tmp_path, capsys):
     rewards = tmp_path / "interrupting.py"
     rewards.write_text(REWARDS)
@@ -547,6 +612,8 @@ def test_the_quantile_and_the_dial_change_what_is_said(finished_run, capsys):
 
     assert said() == said("--quantile", "best") == said("--quantile", "2")
     assert said("--quantile", "worst") == said("--quantile", "0") == said("--strength", "0")
+    assert main(["generate", str(finished_run), "the cat", "--quantile", "worst", "--strength", "3"]) == 2
+    assert "every strength gives the same text" in capsys.readouterr().err
     assert len({said(), said("--quantile", "worst"), said("--quantile", "none"), said("--strength", "4")}) >= 3
 
 

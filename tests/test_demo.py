@@ -64,8 +64,9 @@ def row(system, reward, independent, perplexity=20.0):
     def figure(mean):
         return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
 
-    scores = {"reward": {"mean": figure(reward)}, "independent": {"mean": figure(independent)}}
-    return {"system": system, **scores, "perplexity": figure(perplexity), "dist_2": figure(0.9)}
+    of = {"reward": reward, "independent": independent}
+    scores = {role: {"mean": figure(mean), "missing": 0} for role, mean in of.items()}
+    return {"system": system, "completions": 18, **scores, "perplexity": figure(perplexity), "dist_2": figure(0.9)}
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,32 @@ def row(system, reward, independent, perplexity=20.0):
 )
 def test_the_verdict_is_about_the_policy_and_its_best_token(reward, independent, word):
     of = [row("base", 0.4, 0.4), row("base, best token", 0.9, 0.9), row("Quark, dial at 2", 0.9, 0.9, 90.0)]
-    said = demo.said([*of, row("Quark", reward, independent)], 7)
+    said = demo.said([*of, row("Quark", reward, independent)], 7, 9)
     assert (said["verdict"], said["drifted"], said["step"]) == (word, False, 7)
-    one = [{**r, "reward": {"mean": dict.fromkeys(("mean", "low", "high"), r["reward"]["mean"]["mean"])}} for r in of]
-    assert demo.said([*one, row("Quark", reward, independent)], 7)["verdict"] == "no gain"  # of one prompt alone
-    drifted = demo.said([*of, row("Quark", reward, independent, 24.0)], 7)
+    narrow = {"missing": 0, "mean": dict.fromkeys(("mean", "low", "high"), 0.4)}
+    one = [{**r, "reward": narrow} for r in of]
+    assert demo.said([*one, row("Quark", reward, independent)], 7, 1)["verdict"] == "no gain"  # of one prompt alone
+    drifted = demo.said([*of, row("Quark", reward, independent, 24.0)], 7, 9)
     assert drifted["drifted"]
     assert "reference perplexity 20 -> 24" in drifted["text"]
+
+
+def test_the_verdict_of_what_was_not_measured_or_is_perfect():
+    nan, base = float("nan"), row("base", 0.4, 0.4)
+    assert demo.said([base, row("Quark", nan, nan)], 7, 9) == {}
+    assert demo.said([base, row("Quark", 0.6, nan)], 7, 9)["verdict"] == "unconfirmed"
+    perfect = row("Quark", 1.0, 0.6)
+    perfect["reward"]["mean"] |= {"low": 1.0, "high": 1.0}
+    base["reward"]["mean"] |= {"low": 0.4, "high": 0.4}
+    assert demo.said([base, perfect], 7, 9)["verdict"] == "better"
+
+
+def test_a_rise_of_the_completions_that_still_have_a_score_is_unconfirmed():
+    quark = row("Quark", 0.6, 0.6)
+    quark["independent"]["missing"] = 4
+    said = demo.said([row("base", 0.4, 0.4), quark], 7, 9)
+    assert said["verdict"] == "unconfirmed"
+    assert "22% more of them than before have no score" in said["text"]
 
 
 def test_a_demo_measures_shows_and_saves_with_a_card(tiny_task, tmp_path):

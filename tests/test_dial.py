@@ -21,6 +21,7 @@ from quark_lm.errors import ConfigError
 from quark_lm.evaluate_command import Request, dial, evaluate
 from quark_lm.evaluation.beams import BeamCompleter, DialLogitsProcessor
 from quark_lm.evaluation.passes import Asked
+from quark_lm.evaluation.tables import show_dial
 from quark_lm.generation import GenerationSettings
 from quark_lm.generation.hf import HFCompleter
 from quark_lm.reward_tokens import RewardTokens
@@ -293,6 +294,20 @@ def test_a_model_without_reward_tokens_has_no_dial(files, tmp_path):
     with pytest.raises(ConfigError, match="was not trained by Quark, so it has no reward tokens to dial between"):
         run(ask(files, tmp_path / "out", model=str(files / "base")))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_strong_dial_left_out_is_told_strength_by_strength(files, tmp_path):
+    results, _ = run(ask(files, tmp_path, strengths=(0.0, 2.0)))
+    point = results["curve"][1]
+    point["counts"] |= {"without_words": 5, "too_short": 1}
+    name = next(iter(point["scores"]))
+    point["scores"][name]["missing"]["completions"] = 4
+    out = Console(file=StringIO(), width=100)
+    show_dial(out, results, tmp_path)
+    assert "At strength 2 5 completions hold no word." in out.file.getvalue()
+    assert "At strength 2 1 completion is too short for a diversity." in out.file.getvalue()
+    assert f"At strength 2 {name} gave no score for 4 completions." in out.file.getvalue()
+    assert "At strength 0" not in out.file.getvalue()
 
 
 def test_a_dial_that_starts_where_it_ends_is_refused(files, tmp_path):

@@ -606,6 +606,8 @@ def test_the_command_prints_a_table_or_json(files, tmp_path, capsys):
     assert "it has one dial alone" in capsys.readouterr().err
     assert main([*line, "--from-token", "none"]) == 2
     assert "strength 1 turns none" in capsys.readouterr().err
+    assert main([*line, "--num-beams", "2", "--temperature", "0.7"]) == 2
+    assert "num_beams=2 takes the likeliest beam and draws nothing, so temperature" in capsys.readouterr().err
     beams = [*line[:-1], str(tmp_path / "beams"), "--num-beams", "2", "--strength", "2", "--from-token", "none"]
     assert main([*beams, "--num-generations", "1", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)["made"]

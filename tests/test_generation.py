@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_policy import OTHERS, other
 
-from quark_lm.errors import ConfigError
+from quark_lm.errors import ConfigError, ModelError
 from quark_lm.generation import DRAWS, GenerationSettings, complete_all, sample_seeds
 from quark_lm.generation.hf import HFCompleter, draw_tokens
 from quark_lm.steering import dial
@@ -176,6 +176,15 @@ def test_out_of_memory_halves_the_batch_and_says_so(tiny_model, monkeypatch):
     monkeypatch.setattr(HFCompleter, "_complete_batch", fails_above_five)
     with pytest.warns(UserWarning, match="completions a batch: going on with"):
         assert complete(tiny_model, PROMPTS * 4) == whole
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_give_no_token(temperature, wrong):
+    logits = torch.zeros(2, 6)
+    logits[1, 3] = wrong
+    with pytest.raises(ModelError, match="not finite"):
+        draw_tokens(logits, torch.full((2, 4), 0.5), GenerationSettings(temperature=temperature))
 
 
 @pytest.mark.parametrize("words", [1, 5, 255, 256, 257, 700])

@@ -189,6 +189,30 @@ def test_a_user_and_password_are_sent_and_never_shown(server):
     assert "hidden" not in shown
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "http(url=http://me:secret@h/score?key=hidden, batch_size=0)",
+        "http(url=http://me:secret@h/score?key=hidden, cache)",
+        "http(url=http://me:secret@/score?key=hidden)",
+        "http(url=http://me:secret@h:port/score?key=hidden)",
+        "http://me:secret@h/score?key=hidden(batch_size=0)",
+        "http://me:secret@h/score?key=hidden(cache)",
+    ],
+)
+def test_nor_are_they_shown_where_a_reward_is_named_wrongly(spec):
+    with pytest.raises(ConfigError) as told:
+        load_reward(spec)
+    assert "secret" not in str(told.value)
+    assert "hidden" not in str(told.value)
+
+
+def test_another_query_is_another_source_of_rewards(server):
+    plain, positive, negative = (RewardRunner(server.url + query) for query in ("", "?label=1", "?label=0"))
+    assert positive.told == negative.told
+    assert len({tuple(runner.sources.values()) for runner in (plain, positive, negative)}) == 3
+
+
 # -- a server that fails for a while
 
 

@@ -7,7 +7,15 @@ from datasets import Dataset, DatasetDict
 from tiny import tiny_tokenizer
 
 from quark_lm.errors import ConfigError, DataError, ModelError
-from quark_lm.prompts import EncodedPrompts, checked, encode, is_held_out, load_prompts, split_held_out
+from quark_lm.prompts import (
+    EncodedPrompts,
+    checked,
+    completion_texts,
+    encode,
+    is_held_out,
+    load_prompts,
+    split_held_out,
+)
 
 TEXTS = ["the cat is", "an old hat", "rain"]
 USER = [{"role": "user", "content": "hello"}]
@@ -42,6 +50,33 @@ def test_each_kind_of_file_gives_its_prompts(tmp_path):
         assert list(loaded["prompt"]) == TEXTS, ending
         assert list(loaded["topic"]) == ["a", "b", "c"], ending
     assert list(load_prompts(written(tmp_path / "p.txt", "\n".join(TEXTS) + "\n"))["prompt"]) == TEXTS
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfthe cat is\nrain\n")
+    assert load_prompts(tmp_path / "p.txt")["prompt"] == ["the cat is", "rain"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "alone", "after"), [("the hotel was", "nice", " nice"), ("a\n", "nice", " nice"), (USER, "nice", "nice")]
+)
+def test_a_completion_keeps_the_space_that_its_decoder_leaves_out(prompt, alone, after):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁the", "▁hotel", "▁was", "▁nice", "▁a", "\n", "s"]  # as Llama's and Mistral's first tokenizers
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split("\n", "isolated")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<unk>")
+    text = prompt if isinstance(prompt, str) else "the hotel"
+    encoded = EncodedPrompts([prompt], [text], [tokenizer(text)["input_ids"]], [0])
+    assert tokenizer.decode([4, 7], skip_special_tokens=True) == alone + "s"
+    assert completion_texts(tokenizer, encoded, [[4, 7, 0]]) == [after + "s"]
+    assert completion_texts(tokenizer, encoded, [[7]]) == ["s"]
+    assert completion_texts(tokenizer, encoded, [[]]) == [""]
 
 
 def test_realtoxicityprompts_are_read_as_they_are_published(tmp_path):
@@ -385,6 +420,13 @@ def test_what_is_held_out_for_one_purpose_says_nothing_about_another():
 def test_a_worked_example_of_the_rule_stays():
     """A changed rule would train on what earlier runs held out."""
     assert [n for n in range(40) if is_held_out(f"prompt number {n}", 0.2)] == [1, 14, 15, 23, 33, 35]
+
+
+@pytest.mark.parametrize("others", [{}, {"challenging": [True, False]}])
+def test_records_after_an_empty_one_are_flattened_too(others):
+    with pytest.warns(UserWarning, match="left out 1 empty"):
+        data = checked(Dataset.from_dict({"prompt": [None, {"text": "rain"}], **others}))
+    assert data["prompt"][:] == ["rain"]
 
 
 @pytest.mark.parametrize("others", [{}, {"challenging": [True, False]}])

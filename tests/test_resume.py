@@ -1,6 +1,7 @@
 """A run that is stopped anywhere and started again is the run that was never stopped: pool, metrics and weights."""
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import shutil
@@ -434,8 +435,50 @@ def test_a_reward_function_that_is_written_otherwise_is_told_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(tmp_path, vowels).open_pool()
-    with pytest.warns(UserWarning, match="vowels is written otherwise than when the run in .* began"):
+    with pytest.warns(UserWarning, match="vowels is written otherwise, or given other values, than when the run in"):
         make(tmp_path, others).open_pool()
+
+
+def test_a_reward_that_was_mended_within_the_first_round_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploring, "_REWARD_ROWS", 16)
+    settings = {**SETTINGS, "reward_retries": 0}
+    first, mended = failing_at(2, "mine"), fails_for(0)
+    mended.__name__, mended.__qualname__ = "mine", first.__qualname__
+    with pytest.raises(RewardError, match="gone"):
+        make(tmp_path, first, **settings).explore(0)
+    with pytest.warns(UserWarning, match="mine is written otherwise.*keep the rewards that they got"):
+        make(tmp_path, mended, **settings).explore(0)
+
+
+def test_other_values_in_a_partial_are_told_of(tmp_path):
+    def longest(completions, most, **kwargs):
+        return [min(len(text), most) + value for text, value in zip(completions, graded(completions), strict=True)]
+
+    make(tmp_path, functools.partial(longest, most=3)).explore(0)
+    with pytest.warns(UserWarning, match="longest is written otherwise, or given other values"):
+        make(tmp_path, functools.partial(longest, most=4)).open_pool()
+
+
+def test_a_later_round_of_which_no_sample_has_a_reward_keeps_the_learning_before_it(tmp_path):
+    def silent(completions, trainer_state, **kwargs):
+        return [None] * len(completions) if trainer_state.global_step else graded(completions)
+
+    with pytest.raises(RewardError, match="gave None for all"):
+        make(tmp_path, silent, **{**SETTINGS, "save_strategy": "no"}).train()
+    assert last_checkpoint(tmp_path)[0].name == "checkpoint-3"
+
+
+def test_only_a_share_of_the_whole_round_stops_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(exploring, "_REWARD_ROWS", 16)
+    trainer = make(tmp_path, fails_for(2 / 3), **{**SETTINGS, "reward_retries": 0, "max_failed_rewards": 0.4})
+    original = exploring._scored
+    # as if another process had as many samples, of which none fails
+    monkeypatch.setattr(exploring, "_scored", lambda *given: original(*given[:-1], 2 * given[-1]))
+    with (
+        pytest.warns(UserWarning, match="failed for 32 of 96 completions"),
+        pytest.warns(UserWarning, match="dropped 32 of 48"),
+    ):
+        trainer.explore(0)
 
 
 def test_what_changes_the_weights_makes_another_run(tmp_path):
@@ -468,6 +511,9 @@ def test_a_round_that_found_nothing_new_is_the_last_also_when_the_run_was_stoppe
     on = make(tmp_path / "on", worse_each_round, early_stop=False, **settings)
     on.train()
     assert on.state.global_step == 8
+    after_all = make(tmp_path, worse_each_round, early_stop=False, **settings)
+    after_all.train()
+    assert after_all.state.global_step == 8
     monkeypatch.setattr(trainer_module, "_EARLY_STOP_ROWS", 10)
     on = make(tmp_path / "small", worse_each_round, **settings)
     on.train()

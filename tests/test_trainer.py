@@ -847,6 +847,32 @@ def test_the_base_is_the_original_model_and_perplexity_is_under_it(tmp_path):
     assert ids["base"] != ids["policy"] != ids["asked"]
 
 
+def test_scorers_of_the_last_measuring_are_called_as_rewards_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    sizes, drawn = [], []
+
+    def fails_at_first(completions, completion_ids, prompts, level, **kwargs):
+        sizes.append((len(completions), len(completion_ids), len(prompts), len(level)))
+        drawn.append(torch.rand(1).item())
+        if len(sizes) == 1:
+            raise ConnectionError("not now")
+        return [None, *graded(completions)[1:]]
+
+    rows = {"prompt": ["a dog", "the sun", "rain"], "level": [1, 2, 3], "completion_ids": [[1], [2], [3]]}
+    given = {"eval_dataset": Dataset.from_dict(rows)}
+    trainer = make(tmp_path, given=given, reward_batch_size=4, reward_retries=1)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="fails_at_first raised ConnectionError: not now. It is called again"):
+        result = complete_system(
+            trainer, System("policy"), trainer.eval_prompts, {"mine": fails_at_first}, trainer.generation_settings, 2, 0
+        )
+    assert sizes == [(4, 4, 4, 4), (4, 4, 4, 4), (2, 2, 2, 2)]
+    expected = graded(result.completions)
+    assert result.scores["mine"] == [None, *expected[1:4], None, expected[5]]
+    assert torch.equal(torch.get_rng_state(), before)  # of its own, and again the same in a call that goes on
+    assert drawn[1] != drawn[2]
+
+
 def test_what_is_explored_has_its_nll_under_the_original_model_without_a_token(tmp_path):
     trainer = moved(make(tmp_path))
     prompts, completions = trainer.prompts.ids[:3], [[20, 21], [22, 23, 24], [25]]
@@ -855,7 +881,10 @@ def test_what_is_explored_has_its_nll_under_the_original_model_without_a_token(t
 
 
 def test_errors_of_held_out_figures_are_over_prompts():
+    missing = held_out_figures({"f": np.array([0.0, np.nan, 1.0, 1.0])}, ["a b"] * 4, 2)
+    assert (missing["f_missing"], missing["f"]) == (0.25, pytest.approx(2 / 3))
     told = held_out_figures({"f": np.array([0.0, 0.0, 1.0, 1.0])}, ["a b"] * 4, 2)
+    assert "f_missing" not in told
     assert (told["f"], told["f_se"]) == (0.5, 0.5)  # over the completions it would be .29
 
 

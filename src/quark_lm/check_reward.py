@@ -375,6 +375,7 @@ class _Trial:
     def sample(self, prompts: EncodedPrompts, tokens: RewardTokens | None = None) -> _Samples:
         """Completions, with the best reward token where tokens are given."""
         from .generation import complete_all, sample_seeds
+        from .prompts import completion_texts
 
         ids = prompts.ids
         settings = self.settings
@@ -384,7 +385,7 @@ class _Trial:
         self.model.eval()
         batches = self.completer.complete(ids, sample_seeds(self.seed, num=len(ids)), settings)
         completions = complete_all(batches, len(ids))
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = completion_texts(self.tokenizer, prompts, completions)
         return _Samples(texts, completions, prompts, prompts.columns)
 
     def log_probs(

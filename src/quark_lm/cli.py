@@ -346,7 +346,7 @@ def generate(
 
     Without one where Quark did not train the model. Where no prompt is given, stdin is read, a prompt a line.
     """
-    from .evaluate_command import check_from_token, check_limits_a_dial
+    from .evaluate_command import check_from_token, check_limits_a_dial, check_turns
     from .export import load, to_device
     from .generation import GenerationSettings
     from .reward_tokens import asked_quantile
@@ -375,6 +375,7 @@ def generate(
     to_device(language_model)
     wanted = asked_quantile(quantile, tokens, strengths, model)
     check_names(tokens, turn)
+    check_turns(wanted, from_token or "worst", strengths)
     repeated = [prompt for prompt in asked for _ in range(num_generations)]
     streams = len(repeated) == 1 and not as_json and sys.stdout.isatty()
     done: dict[int, str] = {}

@@ -26,7 +26,7 @@ from . import export
 from .errors import ConfigError, DataError
 from .packaged import base_name
 from .progress import make_console
-from .run_folder import begun_dtype, check_folder, environment, finite, write_json
+from .run_folder import begun_dtype, check_folder, environment, finite, locked, write_json
 from .shown import printable
 
 if TYPE_CHECKING:
@@ -191,23 +191,26 @@ def run_demo(
         f"quark demo: {task}. A small language model learns to be {chosen.wanted}, from its own samples and a reward."
         f" Everything is kept in {folder}; Ctrl-C stops, the same command goes on.",
     )
-    started = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - started
-    results: dict[str, Any] = {
-        "task": task,
-        "seed": seed,
-        "short": short,
-        "prompts": options.get("prompts") or f"quark_lm/data/prompts/{task}.jsonl",
-        "eval_prompts": options.get("eval_prompts") or "held out of them",
-        "dtype": begun_dtype(folder),
-        "adapter": _LORA,
-        "training_seconds_this_session": round(seconds, 1),
-    }
-    results = results | measure(trainer, chosen, rewards, folder, num_generations, seed)
-    results = finite(results | {"verdict": said(results["systems"], trainer.state.global_step)})
-    write_json(folder / "results.json", results)
-    export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, folder / "model", card=results)
+    with locked(folder):
+        started = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - started
+        results: dict[str, Any] = {
+            "task": task,
+            "seed": seed,
+            "short": short,
+            "prompts": options.get("prompts") or f"quark_lm/data/prompts/{task}.jsonl",
+            "eval_prompts": options.get("eval_prompts") or "held out of them",
+            "dtype": begun_dtype(folder),
+            "adapter": _LORA,
+            "training_seconds_this_session": round(seconds, 1),
+        }
+        results = results | measure(trainer, chosen, rewards, folder, num_generations, seed)
+        results = finite(
+            results | {"verdict": said(results["systems"], trainer.state.global_step, results["held_out_prompts"])}
+        )
+        write_json(folder / "results.json", results)
+        export.save(trainer.model, trainer.processing_class, trainer.reward_tokens, folder / "model", card=results)
     show(console, chosen, results, folder)
     return results
 
@@ -291,7 +294,7 @@ def make_trainer(
     return trainer, chosen, rewards
 
 
-def said(systems: list[dict[str, Any]], step: int) -> dict[str, Any]:
+def said(systems: list[dict[str, Any]], step: int, num_prompts: int) -> dict[str, Any]:
     """What the table says of the policy asked for its best token, in a word and a sentence: see `measuring.verdict`."""
     from .measuring import verdict
 
@@ -300,9 +303,12 @@ def said(systems: list[dict[str, Any]], step: int) -> dict[str, Any]:
     for prefix, row in (("base", of["base"]), ("eval", of["Quark"])):
         for role in ("reward", "independent"):
             mean = row[role]["mean"]
+            if not math.isfinite(mean["mean"]):  # no completion has a value
+                continue
             line[f"{prefix}_{role}"] = mean["mean"]
-            if mean["high"] > mean["low"]:  # one prompt alone has no error
+            if num_prompts > 1:  # one prompt alone has no error
                 line[f"{prefix}_{role}_se"] = (mean["high"] - mean["low"]) / (2 * 1.96)
+            line[f"{prefix}_{role}_missing"] = row[role]["missing"] / row["completions"]
         line |= {f"{prefix}_reference_perplexity": row["perplexity"]["mean"], f"{prefix}_dist_2": row["dist_2"]["mean"]}
     return verdict([line], ["independent"])
 

@@ -200,7 +200,7 @@ class EvaluationRun:
                     " Leave it out, or add --mauve to compare the completions with them."
                 )
             _reference_texts(request.references, foreign.columns)
-        run.evaluator = _load_evaluator(request, run.asked)
+        run.evaluator = _load_evaluator(request, run.asked, run.folder)
         return run
 
     def evaluate(self) -> dict[str, Any]:
@@ -238,7 +238,10 @@ class EvaluationRun:
                     f"{self.folder} holds another evaluation ({named}), whose completions would be mixed with this"
                     " one's. Choose another --output-dir, or give that one's settings to go on with it."
                 )
-            write_json(path, identity)
+            evaluator = there.get("evaluator_dtype")
+            if self.evaluator is not None:
+                evaluator = str(self.evaluator.model.dtype).removeprefix("torch.")
+            write_json(path, {**identity, "evaluator_dtype": evaluator})
             yield
 
     def figures(self, strength: float | None = None) -> dict[str, Any]:
@@ -381,7 +384,7 @@ class EvaluationRun:
         from .evaluation.passes import Asked, tokenizer_digest, weights_digest
         from .evaluation.tasks import PAPER_SAMPLING
         from .export import load, to_device
-        from .packaged import PACKAGED, fastest_dtype, hub_commit
+        from .packaged import PACKAGED, hub_commit
         from .policy import check_head
         from .prompts import encode
         from .steering import context_length, eos_ids
@@ -395,7 +398,14 @@ class EvaluationRun:
         sampling |= {name: value for name in DRAWING if (value := getattr(request, name)) is not None}
         num_beams = request.num_beams or 1
         if num_beams > 1:
-            sampling |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+            nothing: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+            drawn = [name for name, value in nothing.items() if getattr(request, name) not in (None, value)]
+            if drawn:
+                raise ConfigError(
+                    f"num_beams={num_beams} takes the likeliest beam and draws nothing, so {drawn[0]} would do"
+                    " nothing. Leave one of them out."
+                )
+            sampling |= nothing
         self.settings = settings = GenerationSettings(**sampling)
         draws = settings.temperature > 0
         default = (self.task.num_generations if self.task else 25) if self.kind == "evaluate" else 4
@@ -406,11 +416,8 @@ class EvaluationRun:
                 " Set it to 1, or raise the temperature."
             )
         options: dict[str, Any] = {}
-        if request.model == PACKAGED:  # it has no dtype of its own; what goes on keeps what it was begun in
-            path = self.folder / "evaluation.json"
-            dtype = read_json(path).get("dtype") if path.is_file() else None
-            # another one is a difference, which `own_folder` tells
-            options["dtype"] = dtype if dtype in ("float32", "bfloat16", "float16") else fastest_dtype()
+        if request.model == PACKAGED:  # another one is a difference, which `own_folder` tells
+            options["dtype"] = _dtype_of(self.folder, "dtype")
         if request.revision is not None:
             options["revision"] = request.revision
         model, tokenizer, tokens = load(request.model, **options)
@@ -429,11 +436,7 @@ class EvaluationRun:
         if named and tokens is not None and set(strengths) == {1.0}:
             raise ConfigError(f"{named} says how the dial is turned, and strength 1 turns none. Give a strength too.")
         check_limits_a_dial(settings.dial_min_p, strengths)
-        if from_token == "worst" and tokens is not None and quantile == 0 and set(strengths) != {1.0}:
-            raise ConfigError(
-                "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out,"
-                " or name a better one."
-            )
+        check_turns(quantile, from_token, strengths)
         if request.attribute is not None and (tokens is None or request.attribute not in tokens.attributes):
             there = ", ".join(tokens.attributes) if tokens is not None else ""
             raise ConfigError(
@@ -564,10 +567,19 @@ def _prompts(request: Request, task: EvaluationTask | None) -> tuple[Any, str]:
     return dataset, name
 
 
-def _load_evaluator(request: Request, asked: Asked | None) -> Evaluator | None:
+def _dtype_of(folder: Path, key: str) -> Any:
+    """In what the packaged model, which has no dtype of its own, computes: what is fast here, or as it was begun."""
+    from .packaged import fastest_dtype
+
+    path = folder / "evaluation.json"
+    dtype = read_json(path).get(key) if path.is_file() else None
+    return dtype if dtype in ("float32", "bfloat16", "float16") else fastest_dtype()
+
+
+def _load_evaluator(request: Request, asked: Asked | None, folder: Path) -> Evaluator | None:
     from .evaluation.passes import Evaluator
     from .export import load
-    from .packaged import PACKAGED, fastest_dtype
+    from .packaged import PACKAGED
     from .policy import check_head
 
     if request.evaluator is None:
@@ -575,12 +587,21 @@ def _load_evaluator(request: Request, asked: Asked | None) -> Evaluator | None:
     same = (request.evaluator, request.evaluator_revision) == (request.model, request.revision)
     if same and asked is not None and asked.tokens is None:  # a model that judges itself is loaded once
         return Evaluator(_name(request.evaluator), asked.model, asked.tokenizer)
-    options: dict[str, Any] = {"dtype": fastest_dtype()} if request.evaluator == PACKAGED else {}
+    options: dict[str, Any] = {"dtype": _dtype_of(folder, "evaluator_dtype")} if request.evaluator == PACKAGED else {}
     if request.evaluator_revision is not None:
         options["revision"] = request.evaluator_revision
     model, tokenizer, tokens = load(request.evaluator, **options)
     check_head(model)
     return Evaluator(_name(request.evaluator), model, tokenizer, tokens)
+
+
+def check_turns(quantile: int | None, from_token: str, strengths: Iterable[float]) -> None:
+    """Raises a ConfigError for a dial from the worst token to the worst, which would do nothing."""
+    if from_token == "worst" and quantile == 0 and set(strengths) != {1.0}:
+        raise ConfigError(
+            "quantile=worst is where the dial starts, so every strength gives the same text. Leave --quantile out, or"
+            " name a better one."
+        )
 
 
 def check_limits_a_dial(dial_min_p: float | None, strengths: Iterable[float]) -> None:

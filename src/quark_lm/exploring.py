@@ -26,7 +26,7 @@ from .files import checksum
 from .generation import sample_seeds
 from .policy import learned_digest
 from .pool import PartialRound, read_initial
-from .prompts import EncodedPrompts, as_completion, encode, is_held_out
+from .prompts import EncodedPrompts, as_completion, completion_texts, encode, is_held_out
 from .rewards.runner import RewardBatch, RewardRunner
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
     asked = [None if round == 0 else int(q) for q in quantile[mine]]
     strength = 1.0 if round == 0 else args.explore_strength
     trainer.fix_what_is_measured()
-    kept = _kept(trainer, "round", round, len(chosen), prompts, _chunk(trainer))
+    kept = _kept(trainer, "round", round, len(chosen), prompts, chunk_size(trainer))
     with _batches_of(trainer, kept):
         completions = trainer.complete(
             prompts,
@@ -71,7 +71,7 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
             verb=f"round {round + 1} explore",
             kept=kept,
         )
-    part, failed = _scored(trainer, prompts, completions, round, kept)
+    part, figures_of = _scored(trainer, prompts, completions, round, kept, len(chosen))
     part |= {
         "prompt_index": chosen[mine].tolist(),
         "reference_nll": trainer.reference_nll(part["prompt_ids"], part["completion_ids"]),
@@ -80,7 +80,8 @@ def explored_columns(trainer: QuarkTrainer, round: int) -> tuple[dict[str, list[
         "order": mine.tolist(),
     }
     columns = gathered(part, accelerator.num_processes)
-    parts = gather_object([(kept.seconds, failed)]) if accelerator.num_processes > 1 else [(kept.seconds, failed)]
+    told = [(kept.seconds, figures_of)]
+    parts = gather_object(told) if accelerator.num_processes > 1 else told
     figures = _means([sums for _, sums in parts])
     sampled = sum(map(len, columns["completion_ids"]))
     return columns, {"tokens_per_second": sampled / max(1e-9, *(seconds for seconds, _ in parts)), **figures}
@@ -109,7 +110,7 @@ def held_out_columns(
     seeds = np.array(sample_seeds(args.seed, EVAL, num=len(prompts) * each))
     mine = own_samples(trainer, len(seeds), each)
     own = prompts.select((mine // each).tolist())
-    size = _chunk(trainer, each)
+    size = chunk_size(trainer, each)
     kept = None
     if keep:
         of = "base" if quantile is None else "step"
@@ -120,7 +121,7 @@ def held_out_columns(
         kept = _kept(trainer, of, trainer.state.global_step, len(seeds), own, size, **more)
     with _batches_of(trainer, kept):
         ids = trainer.complete(own, seeds[mine].tolist(), [quantile] * len(mine), verb="held-out prompts", kept=kept)
-    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    texts = completion_texts(trainer.processing_class, own, ids)
 
     def score_rows(rows: range) -> tuple[dict[str, Any], bool]:
         return _held_out_scores(trainer, own.select(rows), [texts[i] for i in rows], [ids[i] for i in rows]), True
@@ -154,7 +155,7 @@ def _held_out_scores(
     by_name = dict(batch.per_function)
     if trainer.eval_rewards:
         by_name |= score(trainer, trainer.eval_rewards, prompts, texts, ids).per_function
-    return {"reward": _plain(batch.total), "rewards": {name: _plain(values) for name, values in by_name.items()}}
+    return {"reward": plain(batch.total), "rewards": {name: plain(values) for name, values in by_name.items()}}
 
 
 def _kept(
@@ -187,7 +188,7 @@ def _batches_of(trainer: QuarkTrainer, kept: PartialRound | None) -> Iterator[No
         completer.batch_rows = before
 
 
-def _chunk(trainer: QuarkTrainer, each: int | None = None) -> int:
+def chunk_size(trainer: QuarkTrainer, each: int | None = None) -> int:
     """Completions that the rewards get at once: whole groups of one prompt's, `each` of them."""
     each = each or trainer.args.num_generations
     rows = trainer.args.reward_batch_size or _REWARD_ROWS
@@ -205,15 +206,31 @@ def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
 
 
 def _scored(
-    trainer: QuarkTrainer, prompts: EncodedPrompts, completions: list[list[int]], round: int, kept: PartialRound
+    trainer: QuarkTrainer,
+    prompts: EncodedPrompts,
+    completions: list[list[int]],
+    round: int,
+    kept: PartialRound,
+    num_samples: int,
 ) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
     """(the pool's columns of these samples, [sum, count] of each figure that the rewards told), chunk by chunk.
 
-    Raises: RewardError when the rewards failed for more than `max_failed_rewards` of the samples, on every rank.
+    Args: num_samples: of the round, those of the other ranks too.
+    Raises: RewardError when the rewards failed for more than `max_failed_rewards` of the round's, on every rank.
     """
-    args, size = trainer.args, _chunk(trainer)
-    texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
+    args, size = trainer.args, chunk_size(trainer)
+    texts = completion_texts(trainer.processing_class, prompts, completions)
     failed, reason = 0, ""
+
+    def too_many(failed: int, reason: str) -> RewardError | None:
+        if failed <= args.max_failed_rewards * num_samples:
+            return None
+        name, _, why = reason.partition(": ")
+        return RewardError(
+            f"Reward function {name} failed ({why}) and left {failed} of {num_samples} completions of round"
+            f" {round + 1} without a reward, more than max_failed_rewards={args.max_failed_rewards}. Mend it and give"
+            " the same command again: what is scored is kept."
+        )
 
     def score_rows(rows: range) -> tuple[dict[str, Any], bool]:
         nonlocal failed, reason
@@ -223,19 +240,18 @@ def _scored(
         if batch.failures:
             first = batch.failures[0]
             reason = reason or f"{first.function}: {first.reason}"
-            if failed > args.max_failed_rewards * len(texts):
-                raise RewardError(
-                    f"Reward function {first.function} failed ({first.reason}) and left {failed} of"
-                    f" {len(texts)} completions of round {round + 1} without a reward, more than"
-                    f" max_failed_rewards={args.max_failed_rewards}. Mend it and give the same command again:"
-                    " what is scored is kept."
-                )
+            if error := too_many(failed, reason):
+                raise error
         return _as_json(batch), not batch.failures  # else the next attempt, if there is one, asks again
 
     lines = _chunk_by_chunk(trainer, len(texts), size, (args.seed, round), score_rows, kept, f"round {round + 1} score")
-    if failed:
+    if trainer.accelerator.num_processes > 1:
+        of_ranks = gather_object([(failed, reason)])
+        failed, reason = sum(num for num, _ in of_ranks), next((why for _, why in of_ranks if why), "")
+        trainer.fail_together(too_many(failed, reason))
+    if failed and trainer.is_world_process_zero():
         warnings.warn(
-            f"the rewards failed for {failed:,} of {len(texts):,} completions of round {round + 1} ({reason})",
+            f"the rewards failed for {failed:,} of {num_samples:,} completions of round {round + 1} ({reason})",
             stacklevel=2,
         )
     columns: dict[str, list[Any]] = {
@@ -292,14 +308,14 @@ def _chunk_by_chunk(
     return [scores[chunk] for chunk in sorted(scores)]
 
 
-def _plain(values: np.ndarray) -> list[float | None]:
+def plain(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _as_json(batch: RewardBatch) -> dict[str, Any]:
     return {
-        "reward": _plain(batch.total),
-        "rewards": {name: _plain(values) for name, values in batch.per_function.items()},
+        "reward": plain(batch.total),
+        "rewards": {name: plain(values) for name, values in batch.per_function.items()},
         "extras": {name: [str(value) for value in values] for name, values in batch.extra.items()},
         "figures": {name: list(sums) for name, sums in batch.metric_sums.items() if math.isfinite(sums[0])},
     }

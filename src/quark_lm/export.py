@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .errors import ConfigError, ModelError
-from .files import first_line, parsed
+from .files import first_line, parsed, written_whole
 from .packaged import HUB_NAME, PACKAGED, load_model, packaged_file
 from .reward_tokens import FILE_NAME, RewardTokens
 from .run_folder import MARKER, begun_dtype, begun_revision, last_checkpoint, refusal
@@ -90,6 +90,12 @@ def save(
             " then give the same command again: nothing half-written stays."
         ) from error
     return folder
+
+
+def save_card(reward_tokens: RewardTokens, folder: Path, card: dict[str, Any]) -> None:
+    """Writes the README.md of a checkpoint that `save` wrote anew, with what has been measured since."""
+    with written_whole(folder / "README.md") as temporary:
+        temporary.write_text(model_card(reward_tokens, card), encoding="utf-8")
 
 
 def on_quantized(model: Any) -> bool:
@@ -330,7 +336,8 @@ def _snippet(tokens: RewardTokens) -> str:
             "ids = torch.tensor([ids])",
             "mask = torch.ones_like(ids)",
             "output = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=20)",
-            "print(prompt + tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))",
+            "text = tokenizer(prompt, add_special_tokens=False).input_ids + output[0, ids.shape[1] :].tolist()",
+            "print(tokenizer.decode(text, skip_special_tokens=True))",
         ]
     )
 

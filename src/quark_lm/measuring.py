@@ -23,6 +23,8 @@ _DRIFT = {"reference_perplexity": 0.15, "dist_2": -0.1}
 # A round whose samples have so many times the perplexity of round 0's explored text of no use: so did repetition and
 # toxicity with the dial at 4 (docs/experiments.md).
 _LOST = 3.0
+# Above this share of completions that had a score and have none now, the rest says little of the model.
+_LACKING = 0.1
 # With fewer held-out rows at either end the AUC says nothing.
 _LEAST_ROWS = 4
 
@@ -183,7 +185,8 @@ def warn_of_meaning(trainer: QuarkTrainer, round: int, figures: dict[str, float]
 
 
 def held_out_figures(columns: dict[str, np.ndarray], texts: list[str], num_generations: int) -> dict[str, float]:
-    """The mean of each scorer over the completions, its standard error over prompts, and dist-2.
+    """The mean of each scorer over the completions, its standard error over prompts, the share of completions without a
+    value if there are any, and dist-2.
 
     Args: columns: each scorer's values, NaN for none, prompt by prompt. A scorer that gave no value has no figures.
     """
@@ -192,6 +195,8 @@ def held_out_figures(columns: dict[str, np.ndarray], texts: list[str], num_gener
         if not np.isfinite(values).any():
             continue
         figures[name] = float(np.nanmean(values))
+        if (missing := float(np.isnan(values).mean())) > 0:
+            figures[f"{name}_missing"] = missing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a prompt without a value has no mean
             of_prompt = np.nanmean(values.reshape(-1, num_generations), axis=1)
@@ -233,6 +238,10 @@ def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict
         error = math.hypot(base.get(f"base_{name}_se", math.inf), last.get(f"eval_{name}_se", math.inf))
         return (after - before) / max(error, 1e-300), f"{before:.3f} -> {after:.3f}"
 
+    def lacking(name: str) -> float:
+        """By how much larger the share of completions without a value has become."""
+        return last.get(f"eval_{name}_missing", 0.0) - base.get(f"base_{name}_missing", 0.0)
+
     rose, reward = told("reward")
     others = {name: told(name) for name in independent if f"base_{name}" in base and f"eval_{name}" in last}
     flat = [f"{name} ({change})" for name, (errors, change) in others.items() if errors <= 1]
@@ -242,6 +251,12 @@ def verdict(lines: Sequence[dict[str, Any]], independent: Sequence[str]) -> dict
     elif flat:
         word = "reward hacking"
         text = f"The held-out reward rose ({reward}), but not {', '.join(flat)}: the model may only please the reward."
+    elif (lost := max(map(lacking, ("reward", *others)))) > _LACKING:
+        word = "unconfirmed"
+        text = (
+            f"The held-out reward rose ({reward}), but it is of fewer completions: {lost:.0%} more of them than before"
+            " have no score."
+        )
     elif unsure:
         word = "unconfirmed"
         text = (

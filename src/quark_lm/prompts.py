@@ -64,17 +64,17 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
             with _uncounted():
                 dataset = load_dataset(name, config or None, split=split, revision=revision)
         except Exception as error:
-            reason = str(error).strip().splitlines()
             raise DataError(
-                f"{source} is neither a file here nor a data set that could be loaded"
-                f" ({reason[0] if reason else type(error).__name__}). Give a path, or a hub name that exists."
+                f"{source} is neither a file here nor a data set that could be loaded ({first_line(error)}). Give a"
+                " path, or a hub name that exists."
             ) from error
     else:
         if not path.read_bytes()[:65536].strip():
             raise DataError(f"{source} is empty, so there is nothing to sample from. Put at least one prompt in it.")
         if kind == "json":
             _check_json(path)
-        options: dict[str, Any] = {}
+        # a byte-order mark is no part of the first prompt
+        options: dict[str, Any] = {"encoding": "utf-8-sig"} if kind == "text" else {}
         if path.suffix.lower() == ".tsv":
             options["delimiter"] = "\t"
         try:
@@ -85,7 +85,7 @@ def load_prompts(source: str | Path, *, split: str = "train", revision: str | No
         except Exception as error:
             cause = error.__cause__ or error
             raise DataError(
-                f"{source} could not be read as {kind} ({str(cause).splitlines()[0]}). Mend the file, or rename it to"
+                f"{source} could not be read as {kind} ({first_line(cause)}). Mend the file, or rename it to"
                 " its format."
             ) from error
         if kind == "text":
@@ -160,7 +160,8 @@ def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
         )
     seen: set[str] = set()
     keep, empty = [], 0
-    prompts = [flat(prompt) for prompt in dataset["prompt"]]
+    given = list(dataset["prompt"])
+    prompts = [flat(prompt) for prompt in given]
     others = [list(dataset[name]) for name in dataset.column_names if name != "prompt"]
     for i, prompt in enumerate(prompts):
         key = repr((prompt, *(values[i] for values in others)))
@@ -176,7 +177,7 @@ def checked(dataset: Any, name: str = "train_dataset") -> Dataset:
         warnings.warn(
             f"{name}: left out {empty} empty and {repeated} repeated of {len(prompts)} prompts.", stacklevel=2
         )
-    if any(flat(p) is not p for p in dataset["prompt"][:1]):
+    if any(ours is not prompt for ours, prompt in zip(prompts, given, strict=True)):
         from datasets import Dataset
 
         flattened = Dataset.from_dict({"prompt": prompts})  # without other columns no rows would be left to add it to
@@ -210,10 +211,9 @@ def as_dataset(data: Any, name: str) -> Dataset:
     try:
         return Dataset.from_dict({column: [row.get(column) for row in records] for column in columns or ["prompt"]})
     except (ValueError, TypeError) as error:  # pyarrow's are these too
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{name} has values of several types in one column ({reason}). Give every prompt as text, or every prompt"
-            " as messages."
+            f"{name} has values of several types in one column ({first_line(error)}). Give every prompt as text, or"
+            " every prompt as messages."
         ) from error
 
 
@@ -231,6 +231,25 @@ def is_conversational(prompt: Any) -> bool:
 def as_completion(prompt: Any, text: str) -> Any:
     """A completion as a reward function gets it: text, or after a conversation a message of the assistant's."""
     return [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: EncodedPrompts, completion_ids: list[list[int]]
+) -> list[str]:
+    """The text of each completion, one a prompt, as it stands after the prompt's; a conversation's is a message's own.
+
+    The decoders of Llama's and Mistral's first tokenizers leave out the space before a text's first word, which here
+    stands in the middle of one.
+    """
+    alone: Any = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    last = [ids[-1:] for ids in prompts.ids]
+    heads: Any = tokenizer.batch_decode(last, skip_special_tokens=True)
+    joined = [[*end, *ids] for end, ids in zip(last, completion_ids, strict=True)]
+    wholes: Any = tokenizer.batch_decode(joined, skip_special_tokens=True)
+    return [
+        text if is_conversational(prompt) or not whole.startswith(head) else whole.removeprefix(head)
+        for prompt, text, head, whole in zip(prompts.prompts, alone, heads, wholes, strict=True)
+    ]
 
 
 def is_held_out(prompt: Any, share: float = 0.2, purpose: str = "") -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from . import loading
 from .errors import ConfigError, ModelError, PoolError
-from .files import first_line
+from .files import checksum, first_line, parsed
 from .packaged import base_name
 from .policy import causal_lm
 from .processes import first_tells
@@ -51,6 +51,12 @@ def identity(trainer: QuarkTrainer) -> dict[str, Any]:
         "eval_scorers": trainer.eval_rewards.told if trainer.eval_rewards else [],
         "initial_pool": told(trainer.initial_pool.told) if trainer.initial_pool is not None else None,
     }
+
+
+def digest(trainer: QuarkTrainer) -> int:
+    """Of what run.json says and of the samples: two runs that had one folder after another differ in it."""
+    told = parsed((trainer.folder / "run.json").read_bytes())
+    return checksum({"run": told, "pool": trainer.open_pool().hashes()})
 
 
 def check_sharding(trainer: QuarkTrainer, checkpoint: Path) -> None:
@@ -102,7 +108,8 @@ def go_on_from(trainer: QuarkTrainer, checkpoint: str | Literal[False]) -> None:
         max_steps = args.num_rounds * args.steps_per_round
         lines = first_tells(trainer.metrics_file.lines)  # which rank 0 has just cut
         last = {k: v for line in lines if line.get("round") == round - 1 for k, v in line.items()}
-        if marker.get("stops_early") or (trainer._owed is not None and trainer._nothing_new(last)):
+        stopped_early = args.early_stop and marker.get("stops_early")
+        if stopped_early or (trainer._owed is not None and trainer._nothing_new(last)):
             max_steps = step  # the run ended here: what is left is to measure it
             args.num_train_epochs = round
         elif step > max_steps:

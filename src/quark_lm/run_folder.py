@@ -152,8 +152,11 @@ def _outside(error: Exception, folder: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process. Raises: ConfigError when another process trains in it."""
-    lock = FileLock(folder / ".lock", timeout=0)
+    """Holds the folder for this process, which may hold it already.
+
+    Raises: ConfigError when another process trains in it.
+    """
+    lock = FileLock(folder.absolute() / ".lock", timeout=0, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -238,6 +241,11 @@ def _begun(folder: Path) -> bool:
     return any(path.read_bytes().count(b"\n") > 1 for path in journals)  # the first line holds no sample
 
 
+def _has_scores(folder: Path) -> bool:
+    """Whether a folder holds rewards of a round that is not finished."""
+    return any(b'"rewards"' in path.read_bytes() for path in (folder / "pool").glob("*.partial.jsonl"))
+
+
 def has_round(folder: Path) -> bool:
     """Whether a folder holds a round or a checkpoint; what cannot be read counts."""
     try:
@@ -282,14 +290,14 @@ def warn_of_other_sources(folder: Path, sources: dict[str, str | None]) -> None:
     path = folder / "run.json"
     told = parsed(path.read_bytes())
     there = told.get("reward_sources")
-    if not isinstance(there, dict) or not has_round(folder):
+    if not isinstance(there, dict) or not (has_round(folder) or _has_scores(folder)):
         write_json(path, {**told, "reward_sources": sources})
         return
     changed = [name for name, source in sources.items() if there.get(name, source) != source]
     if changed:
         warnings.warn(
-            f"{', '.join(changed)} is written otherwise than when the run in {folder} began, whose samples keep the"
-            " rewards that they got. For a run by the new one choose another output_dir.",
+            f"{', '.join(changed)} is written otherwise, or given other values, than when the run in {folder} began,"
+            " whose samples keep the rewards that they got. For a run by the new one choose another output_dir.",
             stacklevel=4,
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import unicodedata
 from typing import Any
 
@@ -34,6 +35,11 @@ def printable_lines(text: str) -> str:
 def markdown(text: str) -> str:
     """The text on one line of Markdown that shows it: no mark or HTML in it is obeyed; a bare URL may become a link."""
     return html.escape(printable(text), quote=False).translate(_MARKS)
+
+
+def url_shown(url: str) -> str:
+    """Without what may be a secret: its user and password, and all from the query on."""
+    return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
 
 
 def json_text(data: Any, indent: int | None = None) -> str:

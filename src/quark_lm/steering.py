@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def generate_batches(
     from .errors import ConfigError, DataError
     from .generation import GenerationSettings, check_strength, sample_seeds
     from .generation.hf import HFCompleter
-    from .prompts import as_dataset, encode
+    from .prompts import as_dataset, completion_texts, encode
 
     if isinstance(prompts, str):
         raise DataError("prompts is one text, whose letters would be completed one by one. Give a list: [prompt].")
@@ -176,8 +176,7 @@ def generate_batches(
     def show(index: int, step: int, token: int) -> None:
         so_far.setdefault(index, [])[step:] = [token]
         assert on_token is not None
-        # cast: its type covers batches too, and one sample's ids give one text
-        on_token(index, cast(str, tokenizer.decode(so_far[index], skip_special_tokens=True)))
+        on_token(index, completion_texts(tokenizer, encoded.select([index]), [so_far[index]])[0])
 
     def batches() -> Iterator[tuple[int, str]]:
         was_training = model.training
@@ -191,7 +190,8 @@ def generate_batches(
                     dials=dials,
                     on_token=show if on_token is not None else None,
                 ):
-                    yield from zip(indices, tokenizer.batch_decode(completions, skip_special_tokens=True), strict=True)
+                    texts = completion_texts(tokenizer, encoded.select(indices), completions)
+                    yield from zip(indices, texts, strict=True)
         finally:
             model.train(was_training)
 

@@ -5,6 +5,7 @@ Only the fields that somebody named reach `QuarkConfig`, so that a preset fills 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import sys
@@ -66,7 +67,7 @@ def run(config: Path | None, flags: list[str]) -> None:
     Raises: ConfigError when a field is unknown or missing; what `QuarkTrainer` raises.
     """
     from .processes import first_tells, leave
-    from .run_folder import check_folder, disk_errors
+    from .run_folder import check_folder, disk_errors, locked
 
     own, named = read_settings(config, flags)
     missing = [name for name in ("model_name_or_path", "reward_funcs", "prompts") if not own.get(name)]
@@ -89,9 +90,10 @@ def run(config: Path | None, flags: list[str]) -> None:
         print(f"loading {settings.model_name_or_path} ...", file=sys.stderr, flush=True)
     trainer = _make_trainer(settings, args)
     trainer.add_callback(_writes_yaml({"output_dir": str(trainer.folder), **own, **named}))
-    trainer.train()
-    with disk_errors(trainer.folder):
-        _finish(settings, trainer)
+    with locked(trainer.folder) if trainer.is_world_process_zero() else contextlib.nullcontext():
+        trainer.train()
+        with disk_errors(trainer.folder):
+            _finish(settings, trainer)
     leave()
 
 
@@ -222,7 +224,7 @@ class _Fields:
         return {**values, **none}
 
     def _without_none(self, flags: list[str]) -> tuple[dict[str, None], list[str]]:
-        """Flags such as `--pool_window none`, and the others. A field of text keeps its "none": report_to has one."""
+        """Flags such as `--pool_window none`, and the others. report_to has a "none" of its own."""
         none: dict[str, None] = {}
         rest: list[str] = []
         position = 0
@@ -233,7 +235,7 @@ class _Fields:
             if flag.startswith("--") and not equals and position + 1 < len(flags):
                 value, width = flags[position + 1], 2
             kinds = self.kinds.get(name, ())
-            if value.lower() in ("none", "null") and type(None) in kinds and str not in kinds:
+            if value.lower() in ("none", "null") and type(None) in kinds and name != "report_to":
                 none[name] = None
                 position += width
             else:
@@ -425,6 +427,7 @@ def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
     """Writes model/ and results.json, and says where they are. Every rank calls it: the measuring is a joint work."""
     from . import export
     from .processes import first_tells
+    from .resuming import digest
     from .run_folder import write_json
 
     folder = trainer.folder
@@ -438,16 +441,21 @@ def _finish(settings: TrainArguments, trainer: QuarkTrainer) -> None:
         "rounds": trainer.args.num_rounds,
         "steps": trainer.state.global_step,
         "quark_version": __version__,
+        "run": first_tells(lambda: digest(trainer)),
     }
     if not first_tells(lambda: _is_done(folder, facts)):
-        results = {**facts, "last_round": _last_round(folder / "metrics.jsonl"), **_held_out(trainer)}
+        results: dict[str, Any] = {**facts, "last_round": _last_round(folder / "metrics.jsonl")}
         results["verdict"] = trainer.verdict()
         if results["verdict"]:  # the prompts are those of `systems`, the completions others
             results["verdict"]["figures"] = "metrics.jsonl"
         model = trainer.policy.whole()  # of a sharded model every rank holds a part
         if trainer.is_world_process_zero():
+            # before the measuring: a scorer that fails there must not cost the model
             tokenizer: Any = trainer.processing_class
             export.save(model, tokenizer, trainer.reward_tokens, folder / "model", card=results)
+        results |= _held_out(trainer)
+        if trainer.is_world_process_zero():
+            export.save_card(trainer.reward_tokens, folder / "model", results)
             write_json(folder / "results.json", results)
     if trainer.is_world_process_zero():
         _tell(folder)

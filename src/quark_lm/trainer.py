@@ -332,7 +332,8 @@ class QuarkTrainer(Trainer):
             columns, figures = explored_columns(self, round)
         try:
             self._check_rewards(round, columns)
-        except RewardError:  # a mended reward can then go on with the same completions
+        except RewardError as error:  # a mended reward can then go on with the same completions
+            self._joint = error  # of the whole round's rewards, which every rank has
             journal = partial_path(self.pool_folder, round, self.accelerator.process_index)
             # a user's own scored data has no journal; the base's held-out prompts were scored by the same function
             held_out = self.held_out_folder.glob(f"*.rank-{self.accelerator.process_index}.*")

@@ -76,8 +76,9 @@ def measure_systems(
         scorers: by the name that the figures get; which values it wants tells only one that has `wanted`.
         folder: keeps the completions, so that a stopped call does not measure a system again. None: keeps nothing.
     """
+    from ..resuming import digest
+
     assert trainer.eval_prompts is not None
-    called = {name: _called(function) for name, function in scorers.items()}
     wanted = {name: getattr(function, "wanted", _nobody_knows) for name, function in scorers.items()}
     rows, samples = [], []
     for number, system in enumerate(systems):
@@ -89,12 +90,13 @@ def measure_systems(
             "scorers": {name: scorer_facts(name, function) for name, function in scorers.items()},
             "system": asdict(system),
             "step": trainer.state.global_step if system.trained else None,
+            "run": digest(trainer) if system.trained and trainer.pool is not None else None,
             "model": base_name(trainer.model),
         }
         path = folder / f"{number}.json" if folder is not None else None
         result = _kept(path, key)
         if result is None:
-            result = complete_system(trainer, system, trainer.eval_prompts, called, settings, num_generations, seed)
+            result = complete_system(trainer, system, trainer.eval_prompts, scorers, settings, num_generations, seed)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {"key": key, "completions": asdict(result)})
@@ -118,18 +120,22 @@ def complete_system(
     trainer: QuarkTrainer,
     system: System,
     prompts: EncodedPrompts,
-    scorers: dict[str, Callable[..., list[float | None]]],
+    scorers: dict[str, Callable[..., Any]],
     settings: GenerationSettings,
     num_generations: int,
     seed: int,
 ) -> Completions:
     """Completes and scores; the completion of (prompt, number, seed) draws the same random numbers for every system.
 
-    Each process its share of the prompts; all get the whole. Raises: what a scorer raises, in every process.
+    Each process its share of the prompts; all get the whole. The scorers are called as the rewards of a round: as many
+    completions at once, again where one raises, with random numbers of their own.
+    Raises: what a scorer raises, in every process.
     """
-    from ..exploring import gathered, own_samples
+    from ..exploring import aside, chunk_size, gathered, own_samples, plain, score
     from ..generation import sample_seeds
     from ..policy import completion_log_probs
+    from ..prompts import completion_texts
+    from ..rewards.runner import RewardRunner
 
     if trainer.pool is not None:  # else the run has no folder yet
         trainer.fix_what_is_measured()
@@ -154,21 +160,21 @@ def complete_system(
     else:
         with trainer.as_reference():
             ids = complete()
-    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    texts = completion_texts(trainer.processing_class, own, ids)
     with trainer.policy.evaluating(), trainer.policy.reference() as (reference, head):
         nll = -completion_log_probs(reference, head, own.ids, ids, trainer.pad_id, barred)
     part = {"ids": ids, "text": texts, "nll": nll.tolist(), "order": mine.tolist()}
     failed: QuarkError | None = None
+    chunk = chunk_size(trainer, num_generations)
     try:
-        for name, scorer in scorers.items() if texts else ():
-            values = scorer(
-                prompts=own.prompts,
-                completions=texts,
-                completion_ids=ids,
-                **own.columns,
-                trainer_state=trainer.state,
-            )
-            part[f"score/{name}"] = [None if v is None else float(v) for v in values]
+        for number, (name, function) in enumerate(scorers.items()):
+            runner = RewardRunner([function], retries=trainer.args.reward_retries)
+            part[f"score/{name}"] = []
+            for start in range(0, len(texts), chunk):
+                rows = range(start, min(start + chunk, len(texts)))
+                with aside(seed, 17, number, trainer.accelerator.process_index, start):
+                    batch = score(trainer, runner, own.select(rows), [texts[i] for i in rows], [ids[i] for i in rows])
+                part[f"score/{name}"] += plain(batch.total)
     except QuarkError as error:
         failed = error
     trainer.fail_together(failed)
@@ -254,23 +260,6 @@ def _kept(path: Path | None, key: dict[str, Any]) -> Completions | None:
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):  # a damaged file
         return None
     return result if is_whole else None
-
-
-def _called(function: Callable[..., Any]) -> Callable[..., list[float | None]]:
-    """The reward function called as in training: with checks, and a conversation's completions as messages."""
-    from ..prompts import as_completion
-    from ..rewards.runner import RewardRunner
-
-    runner = RewardRunner([function])
-
-    def scorer(
-        prompts: list[Any], completions: list[str], completion_ids: list[list[int]], trainer_state: Any, **columns: Any
-    ) -> list[float | None]:
-        as_sent = [as_completion(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        [values] = runner.score(prompts, as_sent, completion_ids, columns, trainer_state).per_function.values()
-        return [None if math.isnan(value) else value for value in values.tolist()]
-
-    return scorer
 
 
 def _nobody_knows(values: Any) -> list[bool]:

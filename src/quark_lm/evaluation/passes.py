@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..generation import GenerationSettings, check_strength, sample_seeds
 from ..pool import Journal
-from ..prompts import EncodedPrompts, as_completion
+from ..prompts import EncodedPrompts, as_completion, completion_texts
 from .completions import CompletionSet, finite_or_none
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def generate(
         texts=prompts.texts,
         prompt_of=prompt_of,
         number=index % num_generations,
-        completions=asked.tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+        completions=completion_texts(asked.tokenizer, prompts.select(prompt_of.tolist()), completion_ids),
         completion_ids=completion_ids,
         prompt_ids=prompts.ids,
         columns=prompts.columns,

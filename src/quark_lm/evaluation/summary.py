@@ -17,6 +17,7 @@ from . import metrics
 from .completions import CompletionSet
 
 Interval = dict[str, float]
+_DIVERSE = 4  # words or tokens that a sequence needs to have a diversity
 
 
 def summarise(
@@ -41,7 +42,8 @@ def summarise(
         perplexity: `corpus`, `mean` and `trimmed_mean` as in `conditional_perplexity`, `over_1e4`, `missing`;
         text: dist-n; rep-n (percent) and diversity within a completion, in words and, where ids are known, in tokens;
             `tokens`: the mean length;
-        counts: `prompts`, `completions`, `completions_per_prompt` (least, most), `without_words`;
+        counts: `prompts`, `completions`, `completions_per_prompt` (least, most), `without_words`, `too_short` (for
+            rep-4 and diversity, which leave them out);
         notes: what a reader must know, in sentences.
     """
     groups = completions.groups(keep)
@@ -64,13 +66,14 @@ def summarise(
         text[f"dist_{n}"] = metrics.bootstrap_interval(metrics.distinct_n_per_prompt(texts, n), seed)
     for n in (2, 3):
         text[f"dist_{n}_space"] = metrics.bootstrap_interval(metrics.distinct_n_per_prompt(texts, n, "space"), seed)
-    text |= _repetition([[t.split() for t in group] for group in texts], "", seed)
+    pieces: list[list[list[Any]]] = [[t.split() for t in group] for group in texts]
+    text |= _repetition(pieces, "", seed)
     ids = completions.completion_ids
     if ids is not None:
-        tokens = [[ids[i] for i in group] for group in groups]
-        text |= _repetition(tokens, "_tokens", seed)
+        pieces = [[ids[i] for i in group] for group in groups]
+        text |= _repetition(pieces, "_tokens", seed)
         text["tokens"] = metrics.bootstrap_interval(
-            [metrics.mean_of([len(one) for one in group]) for group in tokens], seed
+            [metrics.mean_of([len(one) for one in group]) for group in pieces], seed
         )
     result = {
         "scores": scores,
@@ -80,6 +83,7 @@ def summarise(
             "completions": sum(sizes),
             "completions_per_prompt": [min(sizes), max(sizes)],
             "without_words": sum(not has_word(t) for group in texts for t in group),
+            "too_short": sum(len(one) < _DIVERSE for group in pieces for one in group),
         },
         "notes": notes,
     }

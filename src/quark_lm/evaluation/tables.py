@@ -50,7 +50,7 @@ def show_evaluation(console: Console, results: dict[str, Any], folder: Path) -> 
     for label, cell, form in _text_rows(results):
         table.add_row(label, str(cell) if isinstance(cell, int) else _cell(cell, form))
     console.print(table)
-    _print_notes(console, results, counts, results["notes"])
+    _print_notes(console, results, [*results["notes"], *_left_out(counts)])
     told = f"Figures in {folder / 'results.json'}, texts and scores in completions.parquet."
     console.print(printable(told), markup=False, highlight=False)
 
@@ -90,7 +90,13 @@ def show_dial(console: Console, results: dict[str, Any], folder: Path) -> None:
     console.print(table)
     if names:
         console.print(f"Scores are means; % wanted is by {escape(printable(names[-1]))}.", highlight=False)
-    _print_notes(console, results, counts, [note for point in curve for note in point["notes"]])
+    notes = [note for point in curve for note in point["notes"]]
+    for point in curve:  # a dial that is too strong may leave nothing to score
+        at = f"At strength {point['strength']:g} "
+        notes += [at + told for told in _left_out(point["counts"])]
+        lost = {name: point["scores"][name]["missing"]["completions"] for name in names}
+        notes += [f"{at}{name} gave no score for {num} completions." for name, num in lost.items() if num]
+    _print_notes(console, results, notes)
     told = f"The curve is in {folder / 'dial.json'} and dial.png."
     console.print(printable(told), markup=False, highlight=False)
 
@@ -142,11 +148,21 @@ def _title(results: dict[str, Any]) -> str:
     return f"{results['task'] or 'evaluation'}: {what}"
 
 
-def _print_notes(console: Console, results: dict[str, Any], counts: dict[str, Any], notes: list[str]) -> None:
+def _left_out(counts: dict[str, Any]) -> list[str]:
+    """What the figures could not count, in sentences."""
+    told = []
+    for key, (of_one, of_more) in {
+        "without_words": ("holds no word", "hold no word"),
+        "too_short": ("is too short for a diversity", "are too short for a diversity"),
+    }.items():
+        num = counts.get(key, 0)  # a results file of an earlier version lacks it
+        if num:
+            told.append(f"{num} completion {of_one}." if num == 1 else f"{num} completions {of_more}.")
+    return told
+
+
+def _print_notes(console: Console, results: dict[str, Any], notes: list[str]) -> None:
     out = list(dict.fromkeys(notes))
-    if counts["without_words"]:
-        one = counts["without_words"] == 1
-        out.append(f"{counts['without_words']} completion{'' if one else 's'} hold{'s' if one else ''} no word.")
     evaluator = results["evaluator"]
     if evaluator:
         out.append(f"Perplexity under {printable(evaluator['model'])}, tokens {evaluator['tokens']}.")

@@ -249,7 +249,9 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: GenerationS
     Args: logits: float32 (B, V), -inf where barred; draws: (B, DRAWS) in [0, 1), unused when greedy.
     """
     if settings.temperature == 0:
-        return logits.argmax(1)
+        tokens = logits.argmax(1)
+        _check_finite(logits.gather(1, tokens[:, None]))  # a NaN would be the largest
+        return tokens
     if settings.temperature != 1:
         logits = logits / settings.temperature
     if settings.top_k:
@@ -293,6 +295,14 @@ def _block_sums(weights: torch.Tensor) -> torch.Tensor:
     return sums if whole == weights.shape[1] else torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
 
 
+def _check_finite(values: torch.Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ModelError(
+            "The model gives logits that are not finite, so nothing can be drawn from them. Use float32 or bfloat16"
+            " weights, or an earlier checkpoint."
+        )
+
+
 def _invert(weights: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """The first index whose cumulated weight exceeds draw x total, so that a word of weight 0 is never drawn.
 
@@ -302,11 +312,7 @@ def _invert(weights: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor) -> t
     """
     cdf = sums.cumsum(1)
     total = cdf[:, -1:]
-    if not bool(torch.isfinite(total).all()):
-        raise ModelError(
-            "The model gives logits that are not finite, so nothing can be drawn from them. Use float32 or bfloat16"
-            " weights, or an earlier checkpoint."
-        )
+    _check_finite(total)
     point = torch.minimum(draws[:, None] * total, _below(total))
     block = torch.searchsorted(cdf, point, right=True)
     before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp_min(0)), 0.0)

@@ -31,6 +31,7 @@ import torch
 
 from ..errors import ConfigError, GenerationError
 from ..files import first_line
+from ..shown import url_shown
 from . import Dial, GenerationSettings, turned
 
 if TYPE_CHECKING:
@@ -215,14 +216,15 @@ class VLLMServer:
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
-            raise ConfigError(f"vllm_server_base_url={url!r} is no URL ({error}). Write http://host:port.") from error
+            raise ConfigError(
+                f"vllm_server_base_url={url_shown(url)!r} is no URL ({type(error).__name__}). Write http://host:port."
+            ) from None
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path.rstrip("/").endswith("/v1"):
             raise ConfigError(
-                f"vllm_server_base_url={url!r} is no URL of a server. Write http://host:port, without /v1."
+                f"vllm_server_base_url={url_shown(url)!r} is no URL of a server. Write http://host:port, without /v1."
             )
         self.url = str(parsed).rstrip("/")
-        port = f":{parsed.port}" if parsed.port is not None else ""
-        self._shown = f"{parsed.scheme}://{parsed.host}{port}{parsed.path.rstrip('/')}"  # without a password
+        self._shown = url_shown(self.url).rstrip("/")
         self.eos_ids, self.batch_rows = tuple(eos_ids), batch_rows
         self._timeout, self._served, self._group_port, self._tell = timeout, tuple(served), group_port, tell
         self.holds: int | None = None

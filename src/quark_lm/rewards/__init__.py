@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from quark_lm.errors import ConfigError
+from quark_lm.shown import url_shown
 
 __all__ = ["NAMED_REWARDS", "load_reward"]
 
@@ -129,7 +130,10 @@ def _split_options(spec: str, options: dict[str, Any]) -> tuple[str, dict[str, A
     for part in filter(None, map(str.strip, re.findall(r"""(?:[^,'"]|'[^']*'|"[^"]*"|['"])+""", match[2]))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key.isidentifier():
-            raise ConfigError(f"reward {spec!r}: {part!r} sets nothing. Write options as key=value, key=value.")
+            shown = url_shown(match[1])
+            raise ConfigError(
+                f"reward {shown!r}: {url_shown(part)!r} sets nothing. Write options as key=value, key=value."
+            )
         read = _value(value)
         # a revision "1.0" is no number
         written[key] = value if key in _TEXTS and not isinstance(read, str | None) else read

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quark_lm.errors import ConfigError, ModelError, RewardError
+from quark_lm.files import first_line
 from quark_lm.packaged import hub_commit
 from quark_lm.rewards.text_reward import Completion, completion_text, has_word
 
@@ -122,7 +123,8 @@ class ClassifierReward:
         self._max_length = classifier.checked_length(max_length)
         label_name = classifier.labels[self._index]
         self.__name__ = f"{'not_' if minimize else ''}{label_name}_{classifier.name.rsplit('/', 1)[-1]}"
-        self.scorer_name = f"{classifier.name} ({activation} of {label_name}, {scope})"
+        cut = f", {max_length} tokens" if max_length is not None else ""
+        self.scorer_name = f"{classifier.name} ({activation} of {label_name}, {scope}{cut})"
         self.scorer_version = classifier.revision
         self.threshold = 0.0 if activation == "none" else 0.5
 
@@ -208,9 +210,9 @@ class _Classifier:
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(self.name, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"{self.name} could not be loaded as a sequence-classification model with its tokenizer ({reason}). "
+                f"{self.name} could not be loaded as a sequence-classification model with its tokenizer"
+                f" ({first_line(error)}). "
                 "Check the id or folder, the revision and the connection; a loaded model needs its processing_class."
             ) from error
         self._tokenizer: Any = processing_class

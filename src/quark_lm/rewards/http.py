@@ -28,6 +28,7 @@ import tenacity
 
 from quark_lm.errors import ConfigError, RewardError
 from quark_lm.files import first_line
+from quark_lm.shown import url_shown
 
 # Seconds before the first retry; each one after it waits twice as long.
 _FIRST_PAUSE = 1.0
@@ -81,13 +82,17 @@ def http_reward(
         kind = int if isinstance(least, int) and name != "requests_per_second" else (int, float)
         if not isinstance(value, kind) or not least <= value < math.inf:
             what = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"{name}={value!r} of the reward {url} cannot work. Set {what}, {least} or more.")
+            shown = url_shown(str(url))
+            raise ConfigError(f"{name}={value!r} of the reward {shown} cannot work. Set {what}, {least} or more.")
     try:
         parsed = httpx2.URL(url)
     except (httpx2.InvalidURL, TypeError) as error:
-        raise ConfigError(f"The reward {url!r} is no URL ({error}). Write http://host:port/path.") from error
+        # its text may quote the URL
+        raise ConfigError(
+            f"The reward {url_shown(str(url))!r} is no URL ({type(error).__name__}). Write http://host:port/path."
+        ) from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"The reward {url!r} is no URL of a web server. Write http://host:port/path.")
+        raise ConfigError(f"The reward {url_shown(str(url))!r} is no URL of a web server. Write http://host:port/path.")
     return HttpReward(
         parsed,
         Path(cache).expanduser() if cache is not None else None,
@@ -120,11 +125,11 @@ class HttpReward:
         self._gap = 1.0 / requests_per_second if requests_per_second is not None else 0.0
         self._trust_env = trust_env
         self._next_at = 0.0  # time.monotonic() before which no request goes out
-        port = f":{url.port}" if url.port is not None else ""
-        self._shown = f"{url.scheme}://{url.host}{port}{url.path}"  # without what may be a secret
+        self._shown = url_shown(str(url))
         self.__name__ = re.sub(r"\W+", "_", url.path.rstrip("/").rpartition("/")[2] or url.host).strip("_") or "http"
         self.scorer_name = f"http {self._shown}"
         self.told_as = f"http {url.path}"  # a server may move to another machine or port between parts of a run
+        self.told_as_source = url.query.decode() or None  # kept as a hash: it may hold a key
         self.scorer_version = "unpinned"
 
     async def __call__(

@@ -446,6 +446,8 @@ def _state_at_start() -> Any:
 
 # Names
 
+_PLAIN = (str, int, float, bool, type(None))
+
 
 def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
@@ -469,11 +471,18 @@ def _told(function: Callable[..., Any]) -> str:
 
 
 def _source(function: Callable[..., Any]) -> str | None:
-    try:
-        source = inspect.getsource(inspect.unwrap(_without_partial(function)))
-        return hashlib.sha256(source.encode()).hexdigest()[:12]
-    except (OSError, TypeError):  # typed into an interpreter, or an object
-        return None
+    plain = _without_partial(function)
+    if (source := getattr(plain, "told_as_source", None)) is None:
+        try:
+            source = inspect.getsource(inspect.unwrap(plain))
+        except (OSError, TypeError):  # typed into an interpreter, or an object
+            return None
+    while isinstance(function, functools.partial):  # what it fixes; an object's repr may tell its address
+        fixed: list[tuple[Any, Any]] = [*enumerate(function.args), *sorted(function.keywords.items())]
+        told = [one for one in fixed if isinstance(one[1], _PLAIN)]
+        source += repr(told) if told else ""
+        function = function.func
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def _unique(names: list[str], taken: Collection[str]) -> list[str]:
