@@ -3,9 +3,10 @@
 The others are OpenWebText prompts, for sentiment, where they are at hand. One run after another, never two at once; a
 run that was cut off goes on, one that is done is skipped. Results go to docs/results/demo-<task>-seed<seed>.json.
 
-    python experiments/demo_runs.py sentiment 0 1 2 --data ../shared/data
-    python experiments/demo_runs.py sentiment 0 1 2 --data ../shared/data --train openwebtext --name owt-train \\
-        --set explore_strength=4.0 --set dial_min_p=0.03 --set num_rounds=4 --set steps_per_round=45
+    python experiments/demo_runs.py sentiment 0 1 2 --data DIR
+    python experiments/demo_runs.py sentiment 0 1 2 --data DIR --train openwebtext --name owt-train \\
+        --set explore_strength=4.0 --set dial_min_p=0.03 --set num_rounds=4 --set steps_per_round=45 \\
+        --set best_share=0.5
     python experiments/demo_runs.py toxicity 0 --set beta=0.1 --name toxicity-beta01
 """
 

