@@ -319,4 +319,5 @@ def test_bad_arguments_are_refused(tmp_path):
 def test_bf16_models_are_read_in_their_own_dtype():
     model = tiny_llama().to(torch.bfloat16)
     report = check(vowels, PROMPTS, model=(model, tiny_tokenizer()), num=64, max_completion_length=4)
-    assert all(tag.drift > 0 for tag in report.tags)
+    assert len(report.tags) > 1
+    assert all(0.5 < tag.drift < 2 for tag in report.tags)  # random weights hardly see what they read

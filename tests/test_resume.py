@@ -356,7 +356,13 @@ def test_a_setting_that_another_version_did_not_know_is_no_difference(tmp_path):
     identity = json.loads(path.read_text())
     identity["of_another_version"] = identity.pop("entropy_coef")
     path.write_text(json.dumps(identity))
+    before = metrics(tmp_path)
     make(tmp_path, save_strategy="epoch").train()
+    assert metrics(tmp_path) == before
+    identity["seed"] += 1  # what both know is one
+    path.write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match="holds another run"):
+        make(tmp_path, save_strategy="epoch").train()
 
 
 def test_a_first_attempt_that_failed_gives_its_folder_away(tmp_path, monkeypatch):
