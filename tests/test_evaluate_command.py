@@ -16,6 +16,7 @@ import datasets
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from rich.console import Console
 from test_evaluate import character_tokenizer, write_lines
@@ -228,6 +229,15 @@ def test_conversations_are_completed_and_scored(files, tmp_path):
     assert run(request)[0]["scores"]["talks"]["mean"]["mean"] == 1.0
     again = ask(files, tmp_path / "again", scorers=request.scorers, from_file=str(tmp_path / "out"), **NOTHING)
     assert run(again)[0]["scores"]["talks"]["mean"]["mean"] == 1.0
+
+
+def test_what_goes_on_is_read_in_the_dtype_that_it_was_begun_with(files, tmp_path, monkeypatch, smollm2_folder):
+    request = ask(files, tmp_path, evaluator="smollm2", num_generations=1)
+    monkeypatch.setattr("quark_lm.packaged.fastest_dtype", lambda: torch.float32)
+    first, _ = run(request)
+    assert first["evaluator"]["dtype"] == "float32"
+    monkeypatch.setattr("quark_lm.packaged.fastest_dtype", lambda: torch.bfloat16)
+    assert run(request)[0] == first
 
 
 NOTHING = {"model": None, "prompts": None, "num_generations": None, "max_completion_length": None}

@@ -225,6 +225,8 @@ class EvaluationRun:
     @contextlib.contextmanager
     def own_folder(self) -> Iterator[None]:
         """Holds the folder for this evaluation. Raises: ConfigError when it is another's, naming what differs."""
+        from .packaged import PACKAGED
+
         path = self.folder / "evaluation.json"
         identity = json.loads(json.dumps(self._identity()))
         _check_own(self.folder)
@@ -238,10 +240,10 @@ class EvaluationRun:
                     f"{self.folder} holds another evaluation ({named}), whose completions would be mixed with this"
                     " one's. Choose another --output-dir, or give that one's settings to go on with it."
                 )
-            evaluator = there.get("evaluator_dtype")
-            if self.evaluator is not None:
-                evaluator = str(self.evaluator.model.dtype).removeprefix("torch.")
-            write_json(path, {**identity, "evaluator_dtype": evaluator})
+            measured = there.get("evaluator_dtype")  # what goes on reads in the dtype that it was begun with
+            if self.evaluator is not None and self.request.evaluator == PACKAGED:
+                measured = str(self.evaluator.model.dtype).removeprefix("torch.")
+            write_json(path, {**identity, "evaluator_dtype": measured})
             yield
 
     def figures(self, strength: float | None = None) -> dict[str, Any]:
