@@ -303,7 +303,8 @@ def test_a_short_demo_on_the_real_model_gives_the_tokens_meaning_and_raises_the_
     base, _, quark, dialled = results["systems"]
     assert quark["reward"]["mean"]["mean"] > base["reward"]["mean"]["mean"] + 0.05
     assert dialled["reward"]["mean"]["mean"] > base["reward"]["mean"]["high"]
-    assert results["verdict"]["verdict"] in ("better", "reward hacking")  # the reward's gain is clear
+    assert dialled["independent"]["mean"]["low"] > base["independent"]["mean"]["high"]
+    assert results["verdict"]["verdict"] == "better"
     assert json.loads((folder / "results.json").read_text())["systems"] == json.loads(json.dumps(results["systems"]))
     for name in ("config.yaml", "environment.json", "pool/round-00001.parquet", "model/model.safetensors"):
         assert (folder / name).is_file(), name

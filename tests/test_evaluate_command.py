@@ -231,6 +231,15 @@ def test_conversations_are_completed_and_scored(files, tmp_path):
     assert run(again)[0]["scores"]["talks"]["mean"]["mean"] == 1.0
 
 
+def test_the_packaged_models_dtype_is_measured_once_for_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr("quark_lm.packaged.fastest_dtype", lambda: "measured")
+    assert evaluate_command._dtype_of(tmp_path, "evaluator_dtype") == "measured"
+    (tmp_path / "evaluation.json").write_text('{"dtype": "float32", "evaluator_dtype": "bfloat16"}')
+    assert evaluate_command._dtype_of(tmp_path, "dtype") == "float32"
+    assert evaluate_command._dtype_of(tmp_path, "evaluator_dtype") == "bfloat16"
+
+
+@pytest.mark.slow
 def test_what_goes_on_is_read_in_the_dtype_that_it_was_begun_with(files, tmp_path, monkeypatch, smollm2_folder):
     request = ask(files, tmp_path, evaluator="smollm2", num_generations=1)
     monkeypatch.setattr("quark_lm.packaged.fastest_dtype", lambda: torch.float32)
