@@ -1164,6 +1164,14 @@ def stopped_at(step, number=signal.SIGINT):
     return Stop()
 
 
+def test_no_process_goes_on_before_all_have_opened_the_pool(tmp_path, monkeypatch):
+    trainer, calls, opened = make(tmp_path), [], Pool.open
+    monkeypatch.setattr(Pool, "open", lambda *args, **kwargs: (calls.append("open"), opened(*args, **kwargs))[1])
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: calls.append("wait"))
+    trainer.open_pool()
+    assert calls[-3:] == ["wait", "open", "wait"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_and_the_next_trainer_goes_on(tmp_path, number):
     trainer = make(tmp_path)

@@ -815,6 +815,8 @@ class QuarkTrainer(Trainer):
                     write_json(self.pool_folder / "manifest.json", {"rounds": []})
             self.accelerator.wait_for_everyone()
             self.pool = Pool.open(self.pool_folder)
+            # one that opened it later would find round 0 of a user's own data there, and not wait for it in `explore`
+            self.accelerator.wait_for_everyone()
         return self.pool
 
     @contextlib.contextmanager
