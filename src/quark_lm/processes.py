@@ -174,9 +174,9 @@ def leave() -> None:
 
 
 def end_after(run: Callable[[], int]) -> NoReturn:
-    """Ends the process with the code that the function gives, as sys.exit does, but does not take Python down.
+    """Ends one of several processes with the code that the function gives, as sys.exit does, but leaves Python up.
 
-    In several processes torch would abort one now and then, when all is done: a gloo thread that still frees the
+    torch would abort one now and then, when all is done: a gloo thread that still frees the
     tensors of the last collective asks a Python that ends for its lock, which ends the thread within a destructor.
     """
     codes: list[int] = []
@@ -188,8 +188,7 @@ def end_after(run: Callable[[], int]) -> NoReturn:
             sys.stderr.flush()
             os._exit(codes[0])
 
-    if "LOCAL_RANK" in os.environ:
-        atexit.register(leave_at_once)  # the first one runs last: threads and the others' handlers have ended by then
+    atexit.register(leave_at_once)  # the first one runs last: threads and the others' handlers have ended by then
     codes.append(run())
     sys.exit(codes[0])
 
